@@ -1,0 +1,179 @@
+//! `y += Δ x` for group-wise codes of one to eight bits.
+
+use std::ops::Range;
+
+use half::bf16;
+use onebase_tensor::{MatrixMut, MatrixRef};
+
+use crate::Backend;
+use crate::parallel::{Output, for_each_task};
+use crate::vector::{Kernel, LANES, Lanes, plane_bytes};
+
+/// Widest code.
+pub const MAX_BITS: usize = 8;
+
+/// A matrix `[out_features, in_features]` of codes on a symmetric mid-rise grid:
+/// the weight is `scale · (2 code − (2^bits − 1))`.
+#[derive(Clone, Copy, Debug)]
+pub struct LowBit<'a> {
+    /// `[out_features, bits, plane_bytes]`: the bit planes of a row, lowest bit
+    /// first; padding bits are zero.
+    pub codes: &'a [u8],
+    /// `[out_features, n_groups]`.
+    pub scale: &'a [bf16],
+    /// Bits per code, one to eight.
+    pub bits: usize,
+    /// Input features that share a scale, a multiple of the lanes; the last
+    /// group of a row may be shorter.
+    pub group_size: usize,
+    /// Columns.
+    pub in_features: usize,
+}
+
+impl Backend {
+    /// `y += x Δᵀ`: `x` is `[n_rows, in_features]`, `y` is
+    /// `[n_rows, out_features]`.
+    ///
+    /// Panics when the shapes do not fit each other.
+    pub fn add_low_bit(self, delta: LowBit<'_>, x: MatrixRef<'_>, y: &mut MatrixMut<'_>) {
+        let [n_rows, in_features] = x.shape();
+        let out_features = y.n_cols();
+        assert_eq!(y.n_rows(), n_rows, "rows of x and y");
+        assert_eq!(delta.in_features, in_features, "columns of the delta and of x");
+        assert!((1..=MAX_BITS).contains(&delta.bits), "bits");
+        assert!(delta.group_size > 0 && delta.group_size.is_multiple_of(LANES), "group size");
+        let n_groups = in_features.div_ceil(delta.group_size);
+        let row_bytes = delta.bits * plane_bytes(in_features);
+        assert_eq!(Some(delta.scale.len()), out_features.checked_mul(n_groups), "scales");
+        assert_eq!(Some(delta.codes.len()), out_features.checked_mul(row_bytes), "codes");
+        let output = Output::new(y.data(), out_features);
+        let work = out_features.saturating_mul(in_features).saturating_mul(n_rows);
+        for_each_task(out_features, row_bytes, work, |outs| {
+            macro_rules! run {
+                ($($bits:literal)*) => {
+                    match delta.bits {
+                        $($bits => {
+                            // SAFETY: lengths were checked above, `outs` lies within
+                            // `out_features`, and no two tasks share an output feature.
+                            unsafe { self.run(Product::<$bits> { delta, x, output, outs }) }
+                        })*
+                        _ => unreachable!("bits were checked"),
+                    }
+                };
+            }
+            run!(1 2 3 4 5 6 7 8);
+        });
+    }
+}
+
+struct Product<'a, const BITS: usize> {
+    delta: LowBit<'a>,
+    x: MatrixRef<'a>,
+    output: Output,
+    outs: Range<usize>,
+}
+
+impl<const BITS: usize> Kernel for Product<'_, BITS> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<V: Lanes>(self) {
+        let n_rows = self.x.n_rows();
+        let mut out = self.outs.start;
+        // SAFETY: every tile lies within `outs` and `n_rows`.
+        unsafe {
+            while out < self.outs.end {
+                let wide = out + 4 <= self.outs.end;
+                let mut row = 0;
+                while row < n_rows {
+                    match (wide, row + 4 <= n_rows) {
+                        (true, true) => {
+                            self.tile::<V, 2, 4>(out, row);
+                            self.tile::<V, 2, 4>(out + 2, row);
+                            row += 4;
+                        }
+                        (true, false) => {
+                            self.tile::<V, 4, 1>(out, row);
+                            row += 1;
+                        }
+                        (false, _) => {
+                            self.tile::<V, 1, 1>(out, row);
+                            row += 1;
+                        }
+                    }
+                }
+                out += if wide { 4 } else { 1 };
+            }
+        }
+    }
+}
+
+impl<const BITS: usize> Product<'_, BITS> {
+    /// The odd levels of vector `i` of a row whose planes start at `planes`.
+    ///
+    /// # Safety
+    /// `planes` has `BITS` planes of `plane` bytes, each longer than `2 i + 1`.
+    #[inline(always)]
+    unsafe fn levels<V: Lanes>(planes: *const u8, plane: usize, i: usize) -> V {
+        // Small integers, exact in f32 whatever the order.
+        #[allow(clippy::cast_precision_loss)]
+        // SAFETY: within the planes by the caller's promise.
+        unsafe {
+            let mut w = V::splat(-(((1usize << BITS) - 1) as f32));
+            for p in 0..BITS {
+                let mask = planes.add(p * plane + 2 * i).cast::<u16>().read_unaligned();
+                w = w.mask_add(u16::from_le(mask), V::splat((2usize << p) as f32));
+            }
+            w
+        }
+    }
+
+    /// `R` output features from `out` for `B` rows from `row`.
+    #[inline(always)]
+    unsafe fn tile<V: Lanes, const R: usize, const B: usize>(&self, out: usize, row: usize) {
+        let LowBit { codes, scale, group_size, in_features: n, .. } = self.delta;
+        let plane = plane_bytes(n);
+        let n_groups = n.div_ceil(group_size);
+        let per_group = group_size / LANES;
+        let whole = n / LANES;
+        // SAFETY: `out + R` and `row + B` are within the matrices, whose lengths
+        // `add_low_bit` checked; a plane has two bytes for every vector of `x`.
+        // Past the row's end `x` is zero, so the padding's level adds nothing.
+        unsafe {
+            let planes = codes.as_ptr().add(out * BITS * plane);
+            let x = self.x.data().as_ptr().add(row * n);
+            let mut total = [[V::splat(0.0); B]; R];
+            for group in 0..n_groups {
+                let mut acc = [[V::splat(0.0); B]; R];
+                let end = plane / 2;
+                for i in group * per_group..end.min((group + 1) * per_group) {
+                    let xs: [V; B] = std::array::from_fn(|b| {
+                        if i < whole {
+                            return V::load(x.add(b * n + i * LANES));
+                        }
+                        let mut tail = [0.0; LANES];
+                        tail[..n - i * LANES].copy_from_slice(&self.x.row(row + b)[i * LANES..]);
+                        V::load(tail.as_ptr())
+                    });
+                    for (r, acc) in acc.iter_mut().enumerate() {
+                        let w: V = Self::levels(planes.add(r * BITS * plane), plane, i);
+                        for (a, xv) in acc.iter_mut().zip(xs) {
+                            *a = w.mul_add(xv, *a);
+                        }
+                    }
+                }
+                for (r, (total, acc)) in total.iter_mut().zip(acc).enumerate() {
+                    let s = V::splat(scale[(out + r) * n_groups + group].to_f32());
+                    for (t, a) in total.iter_mut().zip(acc) {
+                        *t = a.mul_add(s, *t);
+                    }
+                }
+            }
+            for (r, total) in total.into_iter().enumerate() {
+                for (b, t) in total.into_iter().enumerate() {
+                    self.output.add(row + b, out + r, t.sum());
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,159 @@
+//! `y += α (2 B x − Σ x)` for a matrix of signs.
+
+use std::ops::Range;
+
+use onebase_tensor::{MatrixMut, MatrixRef};
+
+use crate::Backend;
+use crate::parallel::{Output, for_each_task};
+use crate::vector::{Kernel, LANES, Lanes, plane_bytes};
+
+/// A sign matrix `[out_features, in_features]` with a scale per output feature:
+/// the weight is `+scale` where the bit is set and `−scale` where it is not.
+#[derive(Clone, Copy, Debug)]
+pub struct Sign<'a> {
+    /// One bit plane per row, [`plane_bytes`] each; padding bits are zero.
+    pub bits: &'a [u8],
+    /// `[out_features]`.
+    pub scale: &'a [f32],
+    /// Columns.
+    pub in_features: usize,
+}
+
+impl Backend {
+    /// `y += x Δᵀ`: `x` is `[n_rows, in_features]`, `y` is
+    /// `[n_rows, out_features]`.
+    ///
+    /// Panics when the shapes do not fit each other.
+    pub fn add_sign(self, delta: Sign<'_>, x: MatrixRef<'_>, y: &mut MatrixMut<'_>) {
+        let [n_rows, in_features] = x.shape();
+        let out_features = y.n_cols();
+        assert_eq!(y.n_rows(), n_rows, "rows of x and y");
+        assert_eq!(delta.in_features, in_features, "columns of the delta and of x");
+        assert_eq!(delta.scale.len(), out_features, "scales");
+        let row_bytes = plane_bytes(in_features);
+        assert_eq!(Some(delta.bits.len()), out_features.checked_mul(row_bytes), "sign bits");
+        let sums: Vec<f32> = (0..n_rows)
+            // SAFETY: the kernel reads one slice.
+            .map(|row| unsafe { self.run(Sum(x.row(row))) })
+            .collect();
+        let output = Output::new(y.data(), out_features);
+        let work = out_features.saturating_mul(in_features).saturating_mul(n_rows);
+        for_each_task(out_features, row_bytes, work, |outs| {
+            // SAFETY: lengths were checked above, `outs` lies within
+            // `out_features`, and no two tasks share an output feature.
+            unsafe { self.run(Product { delta, x, sums: &sums, output, outs }) }
+        });
+    }
+}
+
+/// The sum of a row in the order of the lanes.
+struct Sum<'a>(&'a [f32]);
+
+impl Kernel for Sum<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    unsafe fn run<V: Lanes>(self) -> f32 {
+        // SAFETY: whole vectors lie within the slice, the tail within a buffer.
+        unsafe {
+            let mut acc = V::splat(0.0);
+            let mut chunks = self.0.chunks_exact(LANES);
+            for chunk in chunks.by_ref() {
+                acc = acc.mask_add(u16::MAX, V::load(chunk.as_ptr()));
+            }
+            let mut tail = [0.0; LANES];
+            tail[..chunks.remainder().len()].copy_from_slice(chunks.remainder());
+            acc.mask_add(u16::MAX, V::load(tail.as_ptr())).sum()
+        }
+    }
+}
+
+struct Product<'a> {
+    delta: Sign<'a>,
+    x: MatrixRef<'a>,
+    /// Sum of each row of `x`.
+    sums: &'a [f32],
+    output: Output,
+    outs: Range<usize>,
+}
+
+impl Kernel for Product<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<V: Lanes>(self) {
+        let n_rows = self.x.n_rows();
+        let mut out = self.outs.start;
+        // SAFETY: every tile lies within `outs` and `n_rows`.
+        unsafe {
+            while out < self.outs.end {
+                let wide = out + 8 <= self.outs.end;
+                let mut row = 0;
+                while row < n_rows {
+                    match (wide, row + 4 <= n_rows) {
+                        (true, true) => {
+                            self.tile::<V, 4, 4>(out, row);
+                            self.tile::<V, 4, 4>(out + 4, row);
+                            row += 4;
+                        }
+                        (true, false) => {
+                            self.tile::<V, 8, 1>(out, row);
+                            row += 1;
+                        }
+                        (false, _) => {
+                            self.tile::<V, 1, 1>(out, row);
+                            row += 1;
+                        }
+                    }
+                }
+                out += if wide { 8 } else { 1 };
+            }
+        }
+    }
+}
+
+impl Product<'_> {
+    /// `R` output features from `out` for `B` rows from `row`.
+    #[inline(always)]
+    unsafe fn tile<V: Lanes, const R: usize, const B: usize>(&self, out: usize, row: usize) {
+        let n = self.delta.in_features;
+        let row_bytes = plane_bytes(n);
+        let whole = n / LANES;
+        // SAFETY: `out + R` and `row + B` are within the matrices, whose lengths
+        // `add_sign` checked; a plane has two bytes for every vector of `x`, the
+        // last one padded.
+        unsafe {
+            let bits = self.delta.bits.as_ptr().add(out * row_bytes);
+            let mask =
+                |r: usize, i: usize| bits.add(r * row_bytes + 2 * i).cast::<u16>().read_unaligned();
+            let x = self.x.data().as_ptr().add(row * n);
+            let mut acc = [[V::splat(0.0); B]; R];
+            for i in 0..whole {
+                let xs: [V; B] = std::array::from_fn(|b| V::load(x.add(b * n + i * LANES)));
+                for (r, acc) in acc.iter_mut().enumerate() {
+                    let m = u16::from_le(mask(r, i));
+                    for (a, xv) in acc.iter_mut().zip(xs) {
+                        *a = a.mask_add(m, xv);
+                    }
+                }
+            }
+            if whole * LANES < n {
+                for b in 0..B {
+                    let mut tail = [0.0; LANES];
+                    tail[..n % LANES].copy_from_slice(&self.x.row(row + b)[whole * LANES..]);
+                    let xv = V::load(tail.as_ptr());
+                    for (r, acc) in acc.iter_mut().enumerate() {
+                        acc[b] = acc[b].mask_add(u16::from_le(mask(r, whole)), xv);
+                    }
+                }
+            }
+            for (r, acc) in acc.into_iter().enumerate() {
+                for (b, a) in acc.into_iter().enumerate() {
+                    let twice = 2.0 * a.sum() - self.sums[row + b];
+                    self.output.add(row + b, out + r, self.delta.scale[out + r] * twice);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,229 @@
+use half::{bf16, f16};
+use onebase_tensor::{MatrixMut, MatrixRef, WeightRef, stream};
+use rand::RngExt;
+
+use crate::{Attention, Backend, LowBit, Sign, naive, plane_bytes};
+
+/// Shapes around every tile and tail: (out_features, in_features).
+const SHAPES: [(usize, usize); 11] = [
+    (1, 1),
+    (1, 40),
+    (7, 15),
+    (8, 16),
+    (9, 17),
+    (5, 0),
+    (0, 5),
+    (33, 100),
+    (64, 256),
+    (130, 777),
+    (600, 1024),
+];
+
+const BATCHES: [usize; 5] = [1, 3, 4, 9, 70];
+
+fn random(label: &str, n: usize) -> Vec<f32> {
+    let mut rng = stream(7, label, 0);
+    (0..n).map(|_| rng.random_range(-1.0f32..1.0)).collect()
+}
+
+fn eps(in_features: usize) -> f64 {
+    #[allow(clippy::cast_precision_loss)]
+    let terms = in_features as f64 / 16.0 + 10.0;
+    terms * f64::from(f32::EPSILON)
+}
+
+/// Checks a product against the oracle, its rows one by one against the batch,
+/// and the vector backends against each other.
+fn check(
+    weight: &[f32],
+    (out_features, in_features): (usize, usize),
+    extra_eps: f64,
+    product: impl Fn(Backend, MatrixRef<'_>, &mut MatrixMut<'_>),
+) {
+    for n_rows in BATCHES {
+        let x = random("x", n_rows * in_features);
+        let x = MatrixRef::new(&x, n_rows, in_features).unwrap();
+        let w = MatrixRef::new(weight, out_features, in_features).unwrap();
+        let (want, mut magnitude) = naive::product(w, x);
+        // The kernels add to what is there.
+        let want: Vec<f64> = want.iter().map(|v| v + 1.0).collect();
+        magnitude.iter_mut().for_each(|m| *m += 1.0);
+        let mut vector_result: Option<Vec<f32>> = None;
+        for backend in Backend::available() {
+            let what = format!("{} {out_features}x{in_features} batch {n_rows}", backend.name());
+            let mut y = vec![1.0; n_rows * out_features];
+            product(backend, x, &mut MatrixMut::new(&mut y, n_rows, out_features).unwrap());
+            let outside = naive::first_outside(&y, &want, &magnitude, eps(in_features) + extra_eps);
+            assert_eq!(outside, None, "{what}");
+            for row in 0..n_rows {
+                let mut alone = vec![1.0; out_features];
+                let mut alone_view = MatrixMut::new(&mut alone, 1, out_features).unwrap();
+                product(backend, x.rows(row..row + 1), &mut alone_view);
+                let together = &y[row * out_features..(row + 1) * out_features];
+                assert_eq!(alone, together, "{what}: row {row} alone");
+            }
+            if backend.name() != "portable" {
+                let first = vector_result.get_or_insert_with(|| y.clone());
+                assert_eq!(*first, y, "{what}: vector backends agree");
+            }
+        }
+    }
+}
+
+#[test]
+fn dense_equals_the_oracle_for_every_type() {
+    for shape in SHAPES {
+        let w = random("w", shape.0 * shape.1);
+        check(&w, shape, 0.0, |b, x, y| b.add_dense(WeightRef::F32(&w), x, y));
+        let half: Vec<bf16> = w.iter().map(|v| bf16::from_f32(*v)).collect();
+        let weight = WeightRef::BF16(&half);
+        check(&naive::widen(weight), shape, 0.0, |b, x, y| b.add_dense(weight, x, y));
+        let half: Vec<f16> = w.iter().map(|v| f16::from_f32(*v)).collect();
+        let weight = WeightRef::F16(&half);
+        check(&naive::widen(weight), shape, 0.0, |b, x, y| b.add_dense(weight, x, y));
+    }
+}
+
+#[test]
+fn sign_equals_the_oracle() {
+    for (out_features, in_features) in SHAPES {
+        let w = random("w", out_features * in_features);
+        let scale: Vec<f32> = random("scale", out_features);
+        let plane = plane_bytes(in_features);
+        let mut bits = vec![0u8; out_features * plane];
+        let mut decoded = vec![0.0; w.len()];
+        for out in 0..out_features {
+            for k in 0..in_features {
+                let positive = w[out * in_features + k] > 0.0;
+                bits[out * plane + k / 8] |= u8::from(positive) << (k % 8);
+                decoded[out * in_features + k] = if positive { scale[out] } else { -scale[out] };
+            }
+        }
+        let delta = Sign { bits: &bits, scale: &scale, in_features };
+        // `2 B x − Σ x` adds up to three magnitudes where the oracle adds one.
+        let slack = 2.0 * eps(in_features);
+        check(&decoded, (out_features, in_features), slack, |b, x, y| b.add_sign(delta, x, y));
+    }
+}
+
+#[test]
+fn low_bit_equals_the_oracle_for_every_width() {
+    for (out_features, in_features) in SHAPES {
+        for bits in 1..=8usize {
+            for group_size in [16, 64, 1024] {
+                let (codes, scale, decoded) =
+                    fit(Backend::available()[0], out_features, in_features, bits, group_size);
+                let delta = LowBit { codes: &codes, scale: &scale, bits, group_size, in_features };
+                let slack = eps(in_features);
+                check(&decoded, (out_features, in_features), slack, |b, x, y| {
+                    b.add_low_bit(delta, x, y);
+                });
+            }
+        }
+    }
+}
+
+fn fit(
+    backend: Backend,
+    out_features: usize,
+    in_features: usize,
+    bits: usize,
+    group_size: usize,
+) -> (Vec<u8>, Vec<bf16>, Vec<f32>) {
+    let w = random("w", out_features * in_features);
+    let plane = plane_bytes(in_features);
+    let n_groups = in_features.div_ceil(group_size);
+    let mut codes = vec![0; out_features * bits * plane];
+    let mut scale = vec![bf16::ZERO; out_features * n_groups];
+    let mut decoded = Vec::new();
+    for out in 0..out_features {
+        let codes = &mut codes[out * bits * plane..(out + 1) * bits * plane];
+        let scale = &mut scale[out * n_groups..(out + 1) * n_groups];
+        let row = &w[out * in_features..(out + 1) * in_features];
+        backend.fit_low_bit(row, bits, group_size, codes, scale);
+        for k in 0..in_features {
+            let code: i32 =
+                (0..bits).map(|p| i32::from(codes[p * plane + k / 8] >> (k % 8) & 1) << p).sum();
+            #[allow(clippy::cast_precision_loss)]
+            decoded.push(scale[k / group_size].to_f32() * (2 * code - (1 << bits) + 1) as f32);
+        }
+    }
+    (codes, scale, decoded)
+}
+
+#[test]
+fn fitted_codes_have_the_same_bytes_on_every_backend() {
+    for bits in 1..=8 {
+        let [first, rest @ ..] = &Backend::available()[..] else { unreachable!() };
+        let want = fit(*first, 9, 300, bits, 64);
+        for backend in rest {
+            assert_eq!(fit(*backend, 9, 300, bits, 64), want, "{} bits", bits);
+        }
+    }
+}
+
+/// Squared error of Gaussian weights relative to their power, per width.
+#[test]
+fn fitted_scales_reach_the_known_error_of_a_gaussian() {
+    use rand_distr::{Distribution, StandardNormal};
+    let n = 1 << 16;
+    let mut rng = stream(1, "gaussian", 0);
+    let w: Vec<f32> = (0..n).map(|_| StandardNormal.sample(&mut rng)).collect();
+    let power: f64 = w.iter().map(|v| f64::from(*v).powi(2)).sum();
+    // Uniform mid-rise optimum of Max 1960, table II: 2, 4, 8, 16 and 32 levels.
+    for (bits, known) in [(1, 0.3634), (2, 0.1188), (3, 0.03744), (4, 0.01154), (5, 0.00349)] {
+        let plane = plane_bytes(n);
+        let mut codes = vec![0; bits * plane];
+        let mut scale = vec![bf16::ZERO; 1];
+        let backend = Backend::active();
+        backend.fit_low_bit(&w, bits, n, &mut codes, &mut scale);
+        let s = scale[0].to_f64();
+        let error: f64 = (0..n)
+            .map(|k| {
+                let code: i32 = (0..bits)
+                    .map(|p| i32::from(codes[p * plane + k / 8] >> (k % 8) & 1) << p)
+                    .sum();
+                (f64::from(w[k]) - s * f64::from(2 * code - (1 << bits) + 1)).powi(2)
+            })
+            .sum();
+        let relative = error / power;
+        assert!((relative / known - 1.0).abs() < 0.03, "{bits} bits: {relative} vs {known}");
+    }
+}
+
+#[test]
+fn extreme_weights_are_coded_finitely() {
+    for w in [f32::MAX, f32::MIN_POSITIVE, 1e-45, 0.0] {
+        let row = [w, -w, w, w];
+        let mut codes = [0; 4];
+        let mut scale = [bf16::ZERO];
+        for backend in Backend::available() {
+            backend.fit_low_bit(&row, 2, 16, &mut codes, &mut scale);
+            assert!(scale[0].is_finite(), "{w:e}");
+        }
+    }
+}
+
+#[test]
+fn attention_equals_the_oracle() {
+    for (head_dim, n) in [(1, 1), (8, 3), (16, 5), (20, 40), (64, 100), (80, 7)] {
+        let (q, k, v) =
+            (random("q", head_dim), random("k", n * head_dim), random("v", n * head_dim));
+        let scores: Vec<f64> = k
+            .chunks(head_dim)
+            .map(|k| k.iter().zip(&q).map(|(k, q)| f64::from(*k) * f64::from(*q)).sum::<f64>())
+            .map(|s| (0.3 * s).exp())
+            .collect();
+        let total: f64 = scores.iter().sum();
+        for backend in Backend::available() {
+            let mut out = vec![f32::NAN; head_dim];
+            let attention = Attention { query: &q, keys: &k, values: &v, scale: 0.3 };
+            backend.attend(attention, &mut Vec::new(), &mut out);
+            for (i, got) in out.iter().enumerate() {
+                let rows = v.chunks(head_dim).zip(&scores);
+                let want = rows.map(|(v, s)| s * f64::from(v[i])).sum::<f64>() / total;
+                assert!((f64::from(*got) - want).abs() < 2e-6, "{} {head_dim} {n}", backend.name());
+            }
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! The whole surface of instructions that the kernels use.
+
+use half::{bf16, f16};
+
+/// Virtual lanes of a vector; every backend has the same number.
+pub const LANES: usize = 16;
+
+/// Bytes of one row of one bit plane: a bit per input feature, the first in the
+/// lowest bit of the first byte, padded with zeros to whole vectors of lanes.
+pub const fn plane_bytes(in_features: usize) -> usize {
+    in_features.div_ceil(LANES) * (LANES / 8)
+}
+
+/// Sixteen f32 lanes.
+///
+/// # Safety
+/// The methods may execute instructions of the implementing type's set: call
+/// them only inside [`Kernel::run`], which [`crate::Backend`] enters after
+/// checking the processor. Pointers must be readable (writable) for sixteen
+/// elements; alignment is not needed.
+pub(crate) trait Lanes: Copy {
+    unsafe fn splat(value: f32) -> Self;
+    unsafe fn load(from: *const f32) -> Self;
+    unsafe fn load_bf16(from: *const bf16) -> Self;
+    unsafe fn load_f16(from: *const f16) -> Self;
+    unsafe fn store(self, to: *mut f32);
+    /// `self * by + plus`.
+    unsafe fn mul_add(self, by: Self, plus: Self) -> Self;
+    /// Adds `value` in the lanes whose bit of `mask` is set.
+    unsafe fn mask_add(self, mask: u16, value: Self) -> Self;
+    /// The sum of the lanes: `i` and `i + 8`, then `i + 4`, `i + 2`, `i + 1`.
+    unsafe fn sum(self) -> f32;
+}
+
+/// A computation written over any lanes.
+pub(crate) trait Kernel {
+    type Output;
+    /// # Safety
+    /// The instructions of `V` are available, and whatever the kernel's own
+    /// fields promise about their pointers holds.
+    unsafe fn run<V: Lanes>(self) -> Self::Output;
+}
+
+/// A stored weight element that widens to f32.
+pub(crate) trait Stored: Copy + Send + Sync {
+    const ZERO: Self;
+    /// # Safety
+    /// As for [`Lanes`].
+    unsafe fn load<V: Lanes>(from: *const Self) -> V;
+}
+
+impl Stored for f32 {
+    const ZERO: Self = 0.0;
+    #[inline(always)]
+    unsafe fn load<V: Lanes>(from: *const Self) -> V {
+        // SAFETY: the caller's promise is the callee's.
+        unsafe { V::load(from) }
+    }
+}
+
+impl Stored for bf16 {
+    const ZERO: Self = bf16::ZERO;
+    #[inline(always)]
+    unsafe fn load<V: Lanes>(from: *const Self) -> V {
+        // SAFETY: the caller's promise is the callee's.
+        unsafe { V::load_bf16(from) }
+    }
+}
+
+impl Stored for f16 {
+    const ZERO: Self = f16::ZERO;
+    #[inline(always)]
+    unsafe fn load<V: Lanes>(from: *const Self) -> V {
+        // SAFETY: the caller's promise is the callee's.
+        unsafe { V::load_f16(from) }
+    }
+}
+
+/// Sixteen lanes in an array: runs anywhere.
+#[derive(Clone, Copy)]
+pub(crate) struct Portable([f32; LANES]);
+
+impl Lanes for Portable {
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> Self {
+        Self([value; LANES])
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: readable for sixteen elements by the trait's contract.
+        Self(unsafe { from.cast::<[f32; LANES]>().read_unaligned() })
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const bf16) -> Self {
+        // SAFETY: readable for sixteen elements by the trait's contract.
+        let raw = unsafe { from.cast::<[u16; LANES]>().read_unaligned() };
+        Self(raw.map(|bits| f32::from_bits(u32::from(bits) << 16)))
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(from: *const f16) -> Self {
+        // SAFETY: readable for sixteen elements by the trait's contract.
+        let raw = unsafe { from.cast::<[u16; LANES]>().read_unaligned() };
+        Self(raw.map(|bits| f16::from_bits(bits).to_f32()))
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: writable for sixteen elements by the trait's contract.
+        unsafe { to.cast::<[f32; LANES]>().write_unaligned(self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn mul_add(self, by: Self, plus: Self) -> Self {
+        // Not `f32::mul_add`: without the instruction that is a library call.
+        Self(std::array::from_fn(|i| self.0[i] * by.0[i] + plus.0[i]))
+    }
+
+    #[inline(always)]
+    unsafe fn mask_add(self, mask: u16, value: Self) -> Self {
+        Self(std::array::from_fn(|i| self.0[i] + if mask >> i & 1 == 1 { value.0[i] } else { 0.0 }))
+    }
+
+    #[inline(always)]
+    unsafe fn sum(self) -> f32 {
+        let mut lanes = self.0;
+        for half in [8, 4, 2, 1] {
+            for i in 0..half {
+                lanes[i] += lanes[i + half];
+            }
+        }
+        lanes[0]
+    }
+}

@@ -1,0 +1,197 @@
+//! The lanes in two AVX2 registers and in one AVX-512 register.
+
+use std::arch::x86_64::{
+    __m256, __m512, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_loadu_si128, _mm_movehl_ps,
+    _mm_shuffle_ps, _mm256_add_ps, _mm256_and_ps, _mm256_and_si256, _mm256_castps256_ps128,
+    _mm256_castsi256_ps, _mm256_cmpeq_epi32, _mm256_cvtepu16_epi32, _mm256_cvtph_ps,
+    _mm256_extractf128_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_set1_epi32,
+    _mm256_set1_ps, _mm256_setr_epi32, _mm256_slli_epi32, _mm256_storeu_ps, _mm512_castps512_ps256,
+    _mm512_castsi512_ps, _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_extractf32x8_ps,
+    _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_add_ps, _mm512_set1_ps, _mm512_slli_epi32,
+    _mm512_storeu_ps,
+};
+
+use half::{bf16, f16};
+
+use crate::vector::{Kernel, LANES, Lanes};
+
+/// Whether [`with_avx2`] may run here.
+pub(crate) fn has_avx2() -> bool {
+    is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("fma")
+        && is_x86_feature_detected!("f16c")
+}
+
+/// Whether [`with_avx512`] may run here.
+pub(crate) fn has_avx512() -> bool {
+    has_avx2()
+        && is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512dq")
+        && is_x86_feature_detected!("avx512vl")
+}
+
+/// Runs a kernel over AVX2 lanes.
+///
+/// # Safety
+/// [`has_avx2`] is true, and the kernel's own promises hold.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) unsafe fn with_avx2<K: Kernel>(kernel: K) -> K::Output {
+    // SAFETY: this function's features are the lanes' instructions.
+    unsafe { kernel.run::<Avx2>() }
+}
+
+/// Runs a kernel over AVX-512 lanes.
+///
+/// # Safety
+/// [`has_avx512`] is true, and the kernel's own promises hold.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
+pub(crate) unsafe fn with_avx512<K: Kernel>(kernel: K) -> K::Output {
+    // SAFETY: this function's features are the lanes' instructions.
+    unsafe { kernel.run::<Avx512>() }
+}
+
+/// The last steps of a lane sum, from eight lanes down.
+///
+/// # Safety
+/// AVX is available.
+#[inline(always)]
+unsafe fn sum8(v: __m256) -> f32 {
+    // SAFETY: register operations of the feature the caller promises.
+    unsafe {
+        let four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+        let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        let one = _mm_add_ss(two, _mm_shuffle_ps::<1>(two, two));
+        _mm_cvtss_f32(one)
+    }
+}
+
+/// Two registers of eight.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx2(__m256, __m256);
+
+// SAFETY (all blocks below): `Lanes` methods are called only where the features
+// are enabled, and pointers are good for sixteen elements; the loads and stores
+// used need no alignment.
+#[allow(clippy::undocumented_unsafe_blocks)]
+impl Lanes for Avx2 {
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> Self {
+        unsafe { Self(_mm256_set1_ps(value), _mm256_set1_ps(value)) }
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        unsafe { Self(_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(LANES / 2))) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const bf16) -> Self {
+        unsafe {
+            let wide = |p: *const bf16| {
+                let bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits))
+            };
+            Self(wide(from), wide(from.add(LANES / 2)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(from: *const f16) -> Self {
+        unsafe {
+            let wide = |p: *const f16| _mm256_cvtph_ps(_mm_loadu_si128(p.cast()));
+            Self(wide(from), wide(from.add(LANES / 2)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        unsafe {
+            _mm256_storeu_ps(to, self.0);
+            _mm256_storeu_ps(to.add(LANES / 2), self.1);
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn mul_add(self, by: Self, plus: Self) -> Self {
+        unsafe {
+            Self(_mm256_fmadd_ps(self.0, by.0, plus.0), _mm256_fmadd_ps(self.1, by.1, plus.1))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn mask_add(self, mask: u16, value: Self) -> Self {
+        unsafe {
+            let bits = _mm256_set1_epi32(i32::from(mask));
+            let low = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+            let high = _mm256_slli_epi32::<8>(low);
+            let pick = |which, v| {
+                let on = _mm256_cmpeq_epi32(_mm256_and_si256(bits, which), which);
+                _mm256_and_ps(_mm256_castsi256_ps(on), v)
+            };
+            Self(
+                _mm256_add_ps(self.0, pick(low, value.0)),
+                _mm256_add_ps(self.1, pick(high, value.1)),
+            )
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn sum(self) -> f32 {
+        unsafe { sum8(_mm256_add_ps(self.0, self.1)) }
+    }
+}
+
+/// One register of sixteen.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx512(__m512);
+
+// SAFETY: as for `Avx2`.
+#[allow(clippy::undocumented_unsafe_blocks)]
+impl Lanes for Avx512 {
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> Self {
+        unsafe { Self(_mm512_set1_ps(value)) }
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        unsafe { Self(_mm512_loadu_ps(from)) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const bf16) -> Self {
+        unsafe {
+            let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+            Self(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(from: *const f16) -> Self {
+        unsafe { Self(_mm512_cvtph_ps(_mm256_loadu_si256(from.cast()))) }
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        unsafe { _mm512_storeu_ps(to, self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn mul_add(self, by: Self, plus: Self) -> Self {
+        unsafe { Self(_mm512_fmadd_ps(self.0, by.0, plus.0)) }
+    }
+
+    #[inline(always)]
+    unsafe fn mask_add(self, mask: u16, value: Self) -> Self {
+        unsafe { Self(_mm512_mask_add_ps(self.0, mask, self.0, value.0)) }
+    }
+
+    #[inline(always)]
+    unsafe fn sum(self) -> f32 {
+        unsafe {
+            let high = _mm512_extractf32x8_ps::<1>(self.0);
+            sum8(_mm256_add_ps(_mm512_castps512_ps256(self.0), high))
+        }
+    }
+}
