@@ -1,0 +1,184 @@
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::Digest;
+
+/// The manifest's file name.
+pub const MANIFEST_FILE: &str = "onebase.json";
+
+/// The model card's file name; it may be edited freely.
+pub const MODEL_CARD_FILE: &str = "README.md";
+
+/// The value of `format` in every manifest.
+pub const FORMAT: &str = "onebase-delta";
+
+/// The newest version of the format that this program reads, and the one that
+/// it writes.
+pub const FORMAT_VERSION: u32 = 1;
+
+/// What an artifact says of itself.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// [`FORMAT`].
+    pub format: String,
+    /// At most [`FORMAT_VERSION`].
+    pub version: u32,
+    /// Program and version that wrote it.
+    pub tool: String,
+    /// The base it was made against.
+    pub base: BaseRecord,
+    /// What the fine-tune was called.
+    pub fine_tune: String,
+    /// The seed of every random choice made while encoding.
+    pub seed: u64,
+    /// The codecs in use; tensors name them by position.
+    pub codecs: Vec<CodecRecord>,
+    /// Every file but the manifest and the model card.
+    pub files: BTreeMap<String, FileRecord>,
+    /// Files of the fine-tune that are the base's to the byte, by digest.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub inherited: BTreeMap<String, Digest>,
+    /// Every tensor of the fine-tune.
+    pub tensors: BTreeMap<String, TensorRecord>,
+}
+
+/// The base model of an artifact.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BaseRecord {
+    /// What it was called; for people, nothing depends on it.
+    pub name: String,
+    /// The digest of its tensors' names and digests.
+    pub blake3: Digest,
+}
+
+impl BaseRecord {
+    /// The record of a base with these tensors: BLAKE3 over `name digest\n` in
+    /// name order.
+    pub fn new<'a>(name: &str, tensors: impl Iterator<Item = (&'a str, Digest)>) -> Self {
+        let sorted: BTreeMap<_, _> = tensors.collect();
+        let mut text = String::new();
+        for (tensor, digest) in sorted {
+            let _ = writeln!(text, "{tensor} {digest}");
+        }
+        Self { name: name.to_owned(), blake3: Digest::of(text.as_bytes()) }
+    }
+}
+
+/// A codec with its options, as used by some tensors.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CodecRecord {
+    /// Its registered name.
+    pub name: String,
+    /// The version of its parts.
+    pub version: u32,
+    /// Its options, all of them.
+    pub options: Map<String, Value>,
+}
+
+/// Length and contents of a file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileRecord {
+    /// Its length.
+    pub bytes: u64,
+    /// Its digest.
+    pub blake3: Digest,
+}
+
+/// What a tensor is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// A linear site's weight, `[out_features, in_features]`.
+    Linear,
+    /// Token embeddings, `[vocabulary, hidden]`; also the head where tied.
+    Embedding,
+    /// The output head, `[vocabulary, hidden]`.
+    Head,
+    /// A norm's weight or a bias.
+    Vector,
+}
+
+/// One tensor of the fine-tune.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TensorRecord {
+    /// What it is for.
+    pub role: Role,
+    /// The fine-tune's element type.
+    pub dtype: String,
+    /// The fine-tune's shape.
+    pub shape: Vec<usize>,
+    /// Digest of the base's tensor of the same name.
+    pub base: Digest,
+    /// How it is stored.
+    #[serde(flatten)]
+    pub storage: Storage,
+}
+
+/// How a tensor is stored.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "stored", rename_all = "snake_case")]
+pub enum Storage {
+    /// It is the base's.
+    Unchanged,
+    /// As it is, under its own name.
+    Exact {
+        /// The file.
+        file: String,
+    },
+    /// As a delta, in parts named `<module path>.<part>`.
+    Codec {
+        /// Position in the manifest's `codecs`.
+        codec: usize,
+        /// The file.
+        file: String,
+        /// Names of the parts.
+        parts: Vec<String>,
+        /// Rows past the base's, stored as they are in the part `added_rows`.
+        #[serde(default, skip_serializing_if = "is_zero")]
+        added_rows: usize,
+    },
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)]
+fn is_zero(n: &usize) -> bool {
+    *n == 0
+}
+
+/// The part that holds vocabulary rows past the base's.
+pub(crate) const ADDED_ROWS: &str = "added_rows";
+
+/// The name of a tensor's part in its file.
+pub(crate) fn part_name(tensor: &str, part: &str) -> String {
+    format!("{}.{part}", tensor.strip_suffix(".weight").unwrap_or(tensor))
+}
+
+impl Manifest {
+    /// JSON with a line per entry: readable, and not much longer than compact.
+    pub(crate) fn to_json(&self) -> serde_json::Result<String> {
+        let Value::Object(fields) = serde_json::to_value(self)? else {
+            unreachable!("a struct is an object")
+        };
+        let mut text = String::from("{\n");
+        for (i, (key, value)) in fields.iter().enumerate() {
+            let _ = write!(text, "{}: ", serde_json::to_string(key)?);
+            match value {
+                Value::Object(entries) if !entries.is_empty() => {
+                    text.push_str("{\n");
+                    for (j, (name, entry)) in entries.iter().enumerate() {
+                        let comma = if j + 1 < entries.len() { "," } else { "" };
+                        let name = serde_json::to_string(name)?;
+                        let entry = serde_json::to_string(entry)?;
+                        let _ = writeln!(text, " {name}: {entry}{comma}");
+                    }
+                    text.push('}');
+                }
+                other => text.push_str(&serde_json::to_string(other)?),
+            }
+            text.push_str(if i + 1 < fields.len() { ",\n" } else { "\n}\n" });
+        }
+        Ok(text)
+    }
+}

@@ -1,0 +1,16 @@
+//! Delta artifacts: one fine-tune as a folder, made against one base.
+//!
+//! `onebase.json` names the digest of every base tensor, how each tensor of the
+//! fine-tune is stored and the digest of every other file; the safetensors
+//! files hold the parts. See `SPEC.md` for the layout.
+
+mod manifest;
+mod reader;
+mod writer;
+
+pub use manifest::{
+    BaseRecord, CodecRecord, FORMAT, FORMAT_VERSION, FileRecord, MANIFEST_FILE, MODEL_CARD_FILE,
+    Manifest, Role, Storage, TensorRecord,
+};
+pub use reader::{Artifact, ExactTensor, Sizes};
+pub use writer::{ArtifactWriter, Origin};

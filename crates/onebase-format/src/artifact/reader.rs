@@ -1,0 +1,377 @@
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use onebase_tensor::{DType, EncodedDelta, Part, PartData, effective_bits};
+use rayon::prelude::*;
+use serde::Serialize;
+use serde_json::Value;
+
+use super::manifest::{
+    ADDED_ROWS, CodecRecord, FORMAT, FORMAT_VERSION, MANIFEST_FILE, MODEL_CARD_FILE, Manifest,
+    Role, Storage, TensorRecord, part_name,
+};
+use crate::checkpoint::{plain_name, read_json, read_optional};
+use crate::error::Error;
+use crate::safetensors_file::{SafetensorsFile, file_digest};
+use crate::{Checkpoint, Digest, Result};
+
+/// An artifact folder: the manifest checked against the files, no part read yet.
+#[derive(Debug)]
+pub struct Artifact {
+    dir: PathBuf,
+    manifest: Manifest,
+    sizes: Sizes,
+    files: BTreeMap<String, SafetensorsFile>,
+}
+
+/// Bytes on disk and what they cover.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Sizes {
+    /// Bytes of every file of the folder.
+    pub total_bytes: u64,
+    /// Bytes of the files that hold linear sites, headers included.
+    pub linear_bytes: u64,
+    /// Elements of all tensors of the fine-tune.
+    pub n_weights_total: u64,
+    /// Elements of the linear sites' weights.
+    pub n_weights_linear: u64,
+}
+
+impl Sizes {
+    /// The sizes of a folder with this manifest, where the files that the
+    /// manifest does not list have `other_bytes`.
+    pub(super) fn new(manifest: &Manifest, other_bytes: u64) -> Self {
+        let count = |linear_only: bool| {
+            let tensors = manifest.tensors.values();
+            tensors
+                .filter(|t| !linear_only || t.role == Role::Linear)
+                .map(|t| t.shape.iter().product::<usize>() as u64)
+                .sum()
+        };
+        let listed: u64 = manifest.files.values().map(|f| f.bytes).sum();
+        let linear = manifest.files.iter().filter(|(name, _)| name.starts_with("linear-"));
+        Self {
+            total_bytes: listed + other_bytes,
+            linear_bytes: linear.map(|(_, f)| f.bytes).sum(),
+            n_weights_total: count(false),
+            n_weights_linear: count(true),
+        }
+    }
+
+    /// Effective bits per weight of the whole fine-tune.
+    pub fn effective_bpw_total(&self) -> f64 {
+        effective_bits(self.total_bytes, self.n_weights_total)
+    }
+
+    /// Effective bits per weight of the linear sites.
+    pub fn effective_bpw_linear(&self) -> f64 {
+        effective_bits(self.linear_bytes, self.n_weights_linear)
+    }
+}
+
+/// A tensor stored as it is.
+#[derive(Clone, Debug)]
+pub struct ExactTensor {
+    /// Element type.
+    pub dtype: DType,
+    /// Dimensions, outermost first.
+    pub shape: Vec<usize>,
+    /// Little-endian elements.
+    pub bytes: Vec<u8>,
+}
+
+impl ExactTensor {
+    /// The elements as f32.
+    pub fn widen(&self) -> Vec<f32> {
+        let mut wide = vec![0.0; self.bytes.len() / self.dtype.size_bytes()];
+        self.dtype.widen(&self.bytes, &mut wide);
+        wide
+    }
+}
+
+impl Artifact {
+    /// Opens a folder written by [`super::ArtifactWriter`].
+    ///
+    /// # Errors
+    /// When the manifest is missing, malformed, of another format or newer, or
+    /// a file it lists is missing or of another length.
+    pub fn open(dir: &Path) -> Result<Self> {
+        let path = dir.join(MANIFEST_FILE);
+        if !path.is_file() {
+            return Err(Error::NotA {
+                path: dir.to_owned(),
+                expected: "delta artifact",
+                missing: MANIFEST_FILE,
+            });
+        }
+        let manifest = read_manifest(&path)?;
+        let mut files = BTreeMap::new();
+        for (name, record) in &manifest.files {
+            let file = dir.join(plain_name(&path, name)?);
+            let metadata = std::fs::metadata(&file).map_err(Error::io("read", &file))?;
+            if metadata.len() != record.bytes {
+                let (expected, got) = (record.bytes, metadata.len());
+                return Err(Error::FileSize { path: file, expected, got });
+            }
+            if name.ends_with(".safetensors") {
+                files.insert(name.clone(), SafetensorsFile::open(&file)?);
+            }
+        }
+        let mut other_bytes = 0;
+        for name in [MANIFEST_FILE, MODEL_CARD_FILE] {
+            other_bytes += std::fs::metadata(dir.join(name)).map_or(0, |m| m.len());
+        }
+        let sizes = Sizes::new(&manifest, other_bytes);
+        let artifact = Self { dir: dir.to_owned(), manifest, sizes, files };
+        for (tensor, record) in &artifact.manifest.tensors {
+            artifact.check_record(tensor, record)?;
+        }
+        Ok(artifact)
+    }
+
+    fn bad(&self, entry: &str, problem: String) -> Error {
+        Error::Manifest { path: self.dir.join(MANIFEST_FILE), entry: entry.to_owned(), problem }
+    }
+
+    /// What a later read relies on.
+    fn check_record(&self, tensor: &str, record: &TensorRecord) -> Result<()> {
+        let dtype: DType = record.dtype.parse().map_err(|e| self.bad(tensor, format!("{e}")))?;
+        if !dtype.is_float() {
+            return Err(self.bad(tensor, format!("a weight of type {dtype}")));
+        }
+        if record.shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d)).is_none() {
+            return Err(self.bad(tensor, format!("shape {:?} overflows", record.shape)));
+        }
+        match &record.storage {
+            Storage::Unchanged => {}
+            Storage::Exact { file } => {
+                let header = self.file(tensor, file)?.header(tensor)?;
+                if header.dtype != record.dtype || header.shape != record.shape {
+                    let got = format!("{} {:?}", header.dtype, header.shape);
+                    return Err(self.bad(tensor, format!("{file} holds it as {got}")));
+                }
+            }
+            Storage::Codec { codec, file, added_rows, .. } => {
+                self.file(tensor, file)?;
+                if *codec >= self.manifest.codecs.len() {
+                    return Err(
+                        self.bad(tensor, format!("names codec {codec}, which is not listed"))
+                    );
+                }
+                if record.shape.len() != 2 || *added_rows > record.shape[0] {
+                    let shape = &record.shape;
+                    let problem = format!("{added_rows} added rows in shape {shape:?}");
+                    return Err(self.bad(tensor, problem));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn file(&self, tensor: &str, name: &str) -> Result<&SafetensorsFile> {
+        self.files.get(name).ok_or_else(|| self.bad(tensor, format!("names file {name:?}")))
+    }
+
+    /// The folder.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The manifest.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// Bytes on disk and what they cover.
+    pub fn sizes(&self) -> Sizes {
+        self.sizes
+    }
+
+    /// A file beside the weights, the artifact's own or, where inherited, the
+    /// base's; `None` when the fine-tune has none.
+    ///
+    /// # Errors
+    /// When it cannot be read or is not what was there at compression.
+    pub fn side_file(&self, base: &Checkpoint, name: &str) -> Result<Option<Vec<u8>>> {
+        let (path, expected) = if let Some(record) = self.manifest.files.get(name) {
+            (self.dir.join(name), record.blake3)
+        } else if let Some(digest) = self.manifest.inherited.get(name) {
+            (base.dir().join(name), *digest)
+        } else {
+            return Ok(None);
+        };
+        let Some(bytes) = read_optional(&path)? else {
+            return Err(Error::Io {
+                action: "read",
+                path,
+                source: std::io::ErrorKind::NotFound.into(),
+            });
+        };
+        let got = Digest::of(&bytes);
+        if got != expected {
+            return Err(Error::FileDigest { path, expected, got });
+        }
+        Ok(Some(bytes))
+    }
+
+    /// A tensor's record.
+    ///
+    /// # Errors
+    /// When the fine-tune has no such tensor.
+    pub fn record(&self, tensor: &str) -> Result<&TensorRecord> {
+        self.manifest.tensors.get(tensor).ok_or_else(|| Error::MissingTensor {
+            path: self.dir.join(MANIFEST_FILE),
+            tensor: tensor.to_owned(),
+        })
+    }
+
+    /// The encoded delta of a tensor and the codec that wrote it; `None` when
+    /// the tensor is not stored as one.
+    ///
+    /// # Errors
+    /// When a part is missing or malformed.
+    pub fn delta(&self, tensor: &str) -> Result<Option<(&CodecRecord, EncodedDelta)>> {
+        let record = self.record(tensor)?;
+        let Storage::Codec { codec, file, parts, added_rows } = &record.storage else {
+            return Ok(None);
+        };
+        let file = self.file(tensor, file)?;
+        let mut by_name = BTreeMap::new();
+        for part in parts {
+            let header = file.header(&part_name(tensor, part))?;
+            let dtype: DType = header.dtype.parse().map_err(|_| Error::UnsupportedDType {
+                path: file.path.clone(),
+                tensor: part_name(tensor, part),
+                got: header.dtype.clone(),
+            })?;
+            let read = PartData::from_le_bytes(dtype, file.bytes(header))
+                .and_then(|data| Part::new(header.shape.clone(), data));
+            let Some(read) = read else {
+                return Err(self.bad(tensor, format!("part {part} does not fill its shape")));
+            };
+            by_name.insert(part.clone(), read);
+        }
+        let shape = [record.shape[0] - added_rows, record.shape[1]];
+        let delta = EncodedDelta { shape, parts: by_name };
+        Ok(Some((&self.manifest.codecs[*codec], delta)))
+    }
+
+    /// A tensor stored as it is; `None` when it is not.
+    ///
+    /// # Errors
+    /// When it is missing from its file.
+    pub fn exact(&self, tensor: &str) -> Result<Option<ExactTensor>> {
+        let record = self.record(tensor)?;
+        match &record.storage {
+            Storage::Exact { file } => self.stored(tensor, record, file, tensor).map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    /// The rows of a tensor past the base's, `[added, in_features]`; `None` when
+    /// there are none.
+    ///
+    /// # Errors
+    /// When they are missing or of another shape than the record says.
+    pub fn added_rows(&self, tensor: &str) -> Result<Option<ExactTensor>> {
+        let record = self.record(tensor)?;
+        let Storage::Codec { file, added_rows, .. } = &record.storage else { return Ok(None) };
+        if *added_rows == 0 {
+            return Ok(None);
+        }
+        let rows = self.stored(tensor, record, file, &part_name(tensor, ADDED_ROWS))?;
+        let expected = [*added_rows, record.shape[1]];
+        if rows.shape != expected {
+            let got = rows.shape;
+            return Err(self.bad(tensor, format!("added rows: expected {expected:?}, got {got:?}")));
+        }
+        Ok(Some(rows))
+    }
+
+    fn stored(
+        &self,
+        tensor: &str,
+        record: &TensorRecord,
+        file: &str,
+        name: &str,
+    ) -> Result<ExactTensor> {
+        let file = self.file(tensor, file)?;
+        let header = file.header(name)?;
+        if header.dtype != record.dtype {
+            let (expected, got) = (&record.dtype, &header.dtype);
+            return Err(self.bad(tensor, format!("{name}: expected type {expected}, got {got}")));
+        }
+        let dtype = record.dtype.parse().map_err(|e| self.bad(tensor, format!("{e}")))?;
+        Ok(ExactTensor { dtype, shape: header.shape.clone(), bytes: file.bytes(header).to_vec() })
+    }
+
+    /// Reads every listed file and compares its digest.
+    ///
+    /// # Errors
+    /// When one has changed.
+    pub fn check_files(&self) -> Result<()> {
+        self.manifest.files.par_iter().try_for_each(|(name, record)| {
+            let path = self.dir.join(name);
+            let got = file_digest(&path)?;
+            if got == record.blake3 {
+                Ok(())
+            } else {
+                Err(Error::FileDigest { path, expected: record.blake3, got })
+            }
+        })
+    }
+
+    /// Digests the base's tensors and compares each with the one the delta was
+    /// made against.
+    ///
+    /// # Errors
+    /// When one differs or is missing.
+    pub fn check_base(&self, base: &Checkpoint) -> Result<()> {
+        let names: Vec<&str> = self.manifest.tensors.keys().map(String::as_str).collect();
+        let digests = base.digests(&names)?;
+        self.check_base_digests(base.dir(), &names.into_iter().zip(digests).collect())
+    }
+
+    /// [`Artifact::check_base`] for digests that are known already.
+    ///
+    /// # Errors
+    /// When one differs or is missing.
+    pub fn check_base_digests(&self, base: &Path, digests: &BTreeMap<&str, Digest>) -> Result<()> {
+        for (tensor, record) in &self.manifest.tensors {
+            let got = digests.get(tensor.as_str()).ok_or_else(|| Error::MissingTensor {
+                path: base.to_owned(),
+                tensor: tensor.clone(),
+            })?;
+            if *got != record.base {
+                return Err(Error::OtherBase {
+                    artifact: self.dir.clone(),
+                    base: base.to_owned(),
+                    tensor: tensor.clone(),
+                    expected: record.base,
+                    got: *got,
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Reads a manifest, its format and version before anything else, so that a
+/// newer one is called newer and not malformed.
+fn read_manifest(path: &Path) -> Result<Manifest> {
+    let value: Value = read_json(path)?;
+    let format = value.get("format").and_then(Value::as_str).unwrap_or_default();
+    if format != FORMAT {
+        return Err(Error::OtherFormat {
+            path: path.to_owned(),
+            expected: FORMAT,
+            got: format.to_owned(),
+        });
+    }
+    if let Some(got) = value.get("version").and_then(Value::as_u64)
+        && got > u64::from(FORMAT_VERSION)
+    {
+        return Err(Error::NewerFormat { path: path.to_owned(), newest: FORMAT_VERSION, got });
+    }
+    serde_json::from_value(value).map_err(|source| Error::Json { path: path.to_owned(), source })
+}

@@ -1,0 +1,155 @@
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use crate::Result;
+use crate::error::Error;
+
+const LOCK: &str = ".lock";
+
+/// A folder that appears under its name only when it is complete.
+///
+/// Files are written to `.NAME.partial` beside it, which [`StagedFolder::commit`]
+/// renames. Dropped before that, it is removed; what a killed process left is
+/// removed by the next one that writes the same folder.
+#[derive(Debug)]
+pub struct StagedFolder {
+    target: PathBuf,
+    staging: PathBuf,
+    /// Held for as long as this process writes; released by closing it.
+    lock: Option<File>,
+}
+
+impl StagedFolder {
+    /// Prepares to write `target`, which must not exist.
+    ///
+    /// # Errors
+    /// When it exists, another process is writing it, or the folder around it
+    /// cannot be written.
+    pub fn create(target: &Path) -> Result<Self> {
+        if target.symlink_metadata().is_ok() {
+            return Err(Error::Exists { path: target.to_owned() });
+        }
+        let Some(name) = target.file_name() else {
+            return Err(Error::Exists { path: target.to_owned() });
+        };
+        let mut partial = std::ffi::OsString::from(".");
+        partial.push(name);
+        partial.push(".partial");
+        let staging = target.with_file_name(partial);
+        std::fs::create_dir_all(&staging).map_err(Error::io("create", &staging))?;
+        let lock_path = staging.join(LOCK);
+        let lock = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&lock_path)
+            .map_err(Error::io("create", &lock_path))?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(std::fs::TryLockError::WouldBlock) => {
+                return Err(Error::Busy { path: target.to_owned() });
+            }
+            Err(std::fs::TryLockError::Error(e)) => return Err(Error::io("lock", &lock_path)(e)),
+        }
+        let entries = std::fs::read_dir(&staging).map_err(Error::io("read", &staging))?;
+        for entry in entries {
+            let path = entry.map_err(Error::io("read", &staging))?.path();
+            if path != lock_path {
+                std::fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+            }
+        }
+        Ok(Self { target: target.to_owned(), staging, lock: Some(lock) })
+    }
+
+    /// Where a file of this name is written meanwhile.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.staging.join(name)
+    }
+
+    /// Writes a whole file.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        let path = self.path(name);
+        let mut file = File::create_new(&path).map_err(Error::io("create", &path))?;
+        std::io::Write::write_all(&mut file, bytes).map_err(Error::io("write", &path))?;
+        file.sync_all().map_err(Error::io("write", &path))
+    }
+
+    /// Gives the folder its name.
+    ///
+    /// # Errors
+    /// When it cannot be renamed; the target is then as it was.
+    pub fn commit(mut self) -> Result<()> {
+        let lock_path = self.staging.join(LOCK);
+        std::fs::remove_file(&lock_path).map_err(Error::io("remove", &lock_path))?;
+        sync_dir(&self.staging)?;
+        std::fs::rename(&self.staging, &self.target).map_err(Error::io("rename", &self.staging))?;
+        self.lock = None;
+        match self.target.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => sync_dir(parent),
+            _ => sync_dir(Path::new(".")),
+        }
+    }
+}
+
+impl Drop for StagedFolder {
+    fn drop(&mut self) {
+        if self.lock.take().is_some() {
+            // The error that led here is the one to report.
+            let _ = std::fs::remove_dir_all(&self.staging);
+        }
+    }
+}
+
+fn sync_dir(dir: &Path) -> Result<()> {
+    // A folder can be opened, and so synced, on Unix only.
+    if cfg!(unix) {
+        let folder = File::open(dir).map_err(Error::io("open", dir))?;
+        folder.sync_all().map_err(Error::io("write", dir))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_appears_only_when_committed() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("out");
+        let staged = StagedFolder::create(&target).unwrap();
+        staged.write("a", b"1").unwrap();
+        assert!(!target.exists());
+        assert!(matches!(StagedFolder::create(&target), Err(Error::Busy { .. })));
+        staged.commit().unwrap();
+        assert_eq!(std::fs::read(target.join("a")).unwrap(), b"1");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+        assert_eq!(std::fs::read_dir(&target).unwrap().count(), 1);
+        assert!(matches!(StagedFolder::create(&target), Err(Error::Exists { .. })));
+    }
+
+    #[test]
+    fn a_dropped_folder_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let staged = StagedFolder::create(&dir.path().join("out")).unwrap();
+        staged.write("a", b"1").unwrap();
+        drop(staged);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_a_killed_process_left_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("out");
+        let left = dir.path().join(".out.partial");
+        std::fs::create_dir(&left).unwrap();
+        std::fs::write(left.join("half"), b"x").unwrap();
+        let staged = StagedFolder::create(&target).unwrap();
+        staged.write("a", b"1").unwrap();
+        staged.commit().unwrap();
+        assert!(!target.join("half").exists());
+    }
+}

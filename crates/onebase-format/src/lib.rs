@@ -1,0 +1,22 @@
+//! Hugging Face checkpoints and delta artifacts on disk.
+//!
+//! Files are hostile until checked: every length, offset, shape and name is
+//! validated before it is used, and each refusal has its own error. Nothing
+//! here decodes a weight. The artifact's layout is `SPEC.md`.
+
+pub mod artifact;
+mod atomic;
+mod checkpoint;
+mod digest;
+mod error;
+mod map;
+mod safetensors_file;
+
+pub use atomic::StagedFolder;
+pub use checkpoint::{CONFIG_FILE, Checkpoint, SIDE_FILES, Tensor};
+pub use digest::Digest;
+pub use error::Error;
+pub use safetensors_file::{TensorHeader, TensorWriter};
+
+/// The result of this crate's operations.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
