@@ -1,0 +1,17 @@
+//! One file per codec.
+
+/// Declares the modules and the registry from one list.
+macro_rules! codecs {
+    ($($module:ident::$codec:ident,)*) => {
+        $(mod $module;)*
+
+        /// Every codec, in the order in which people should see them.
+        pub static CODECS: &[&dyn crate::Codec] = &[$(&$module::$codec,)*];
+    };
+}
+
+codecs! {
+    dense::Dense,
+    rtn::Rtn,
+    sign::Sign,
+}

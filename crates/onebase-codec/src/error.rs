@@ -1,0 +1,85 @@
+use onebase_tensor::PartError;
+
+/// Why a delta could not be encoded or decoded.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// No codec has this name.
+    #[error("unknown codec {got:?}")]
+    UnknownCodec {
+        /// The name that was given.
+        got: String,
+        /// The registered name that is closest to it.
+        nearest: &'static str,
+        /// All registered names.
+        known: Vec<&'static str>,
+    },
+    /// A codec has no such option.
+    #[error("codec {codec} has no option {got:?}")]
+    UnknownOption {
+        /// The codec.
+        codec: &'static str,
+        /// The option that was given.
+        got: String,
+        /// The options it has.
+        known: Vec<&'static str>,
+    },
+    /// An option has a value it cannot take.
+    #[error("codec {codec}, option {option}: expected {expected}, got {got}")]
+    BadOption {
+        /// The codec.
+        codec: &'static str,
+        /// The option.
+        option: &'static str,
+        /// What it can be.
+        expected: String,
+        /// What was given.
+        got: String,
+    },
+    /// The parts were written by a newer version of the codec.
+    #[error("codec {codec}: parts of version {got}, this program reads up to {newest}")]
+    NewerParts {
+        /// The codec.
+        codec: &'static str,
+        /// The newest version that is read.
+        newest: u32,
+        /// The version of the parts.
+        got: u32,
+    },
+    /// The delta holds NaN or ∞.
+    #[error("row {row}, column {column}: {got} is not a finite number")]
+    NotFinite {
+        /// Its row.
+        row: usize,
+        /// Its column.
+        column: usize,
+        /// NaN or ∞.
+        got: f32,
+    },
+    /// A part is not what the codec wrote.
+    #[error(transparent)]
+    Part(#[from] PartError),
+    /// The delta could not be read.
+    #[error("cannot read the delta")]
+    Source(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+impl Error {
+    /// What the user may do about it.
+    pub fn hint(&self) -> Option<String> {
+        Some(match self {
+            Error::UnknownCodec { nearest, known, .. } => {
+                format!("did you mean `{nearest}`? there are {}", known.join(", "))
+            }
+            Error::UnknownOption { known, .. } => format!("it has {}", known.join(", ")),
+            Error::NewerParts { .. } => "install a newer onebase".into(),
+            Error::NotFinite { .. } => {
+                "a checkpoint with NaN or ∞ is broken; look for a diverged training run".into()
+            }
+            Error::Part(_) => {
+                "the artifact was altered after it was written; fetch it again".into()
+            }
+            _ => return None,
+        })
+    }
+}

@@ -1,0 +1,23 @@
+//! The codec seam: a delta to named parts, and parts to a linear operator.
+//!
+//! A codec never opens a file: it reads a delta from a [`DeltaSource`] and gives
+//! an [`onebase_tensor::EncodedDelta`]. To add one, write its file under
+//! `codecs/` and name it in the list of `codecs/mod.rs`; the program's options,
+//! the documentation and the conformance suite read that list.
+
+mod codec;
+mod codecs;
+mod error;
+mod options;
+mod source;
+mod spec;
+
+pub use codec::{Codec, DeltaLinear};
+pub use codecs::CODECS;
+pub use error::Error;
+pub use options::{Kind, OptionSpec, Options};
+pub use source::{DeltaSource, for_each_block};
+pub use spec::CodecSpec;
+
+/// The result of this crate's operations.
+pub type Result<T, E = Error> = std::result::Result<T, E>;

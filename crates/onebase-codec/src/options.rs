@@ -1,0 +1,139 @@
+use std::fmt;
+
+use serde_json::{Map, Value};
+
+use crate::{Codec, Error, Result};
+
+/// What values an option takes.
+#[derive(Clone, Copy, Debug)]
+pub enum Kind {
+    /// A whole number.
+    Int {
+        /// The least.
+        min: usize,
+        /// The greatest.
+        max: usize,
+        /// Which it must be a multiple of.
+        multiple_of: usize,
+        /// What it is when not given.
+        default: usize,
+    },
+    /// One of some words, the first when not given.
+    Choice(&'static [&'static str]),
+}
+
+/// An option of a codec.
+#[derive(Clone, Copy, Debug)]
+pub struct OptionSpec {
+    /// Its name on disk and on the command line.
+    pub name: &'static str,
+    /// What it does, one line.
+    pub doc: &'static str,
+    /// What values it takes.
+    pub kind: Kind,
+}
+
+impl OptionSpec {
+    /// Its value when not given.
+    pub fn default_value(&self) -> Value {
+        match self.kind {
+            Kind::Int { default, .. } => default.into(),
+            Kind::Choice(words) => words[0].into(),
+        }
+    }
+
+    /// What it can be, in words.
+    pub fn expected(&self) -> String {
+        match self.kind {
+            Kind::Int { min, max, multiple_of: 1, .. } => format!("{min} to {max}"),
+            Kind::Int { min, max, multiple_of, .. } => {
+                format!("a multiple of {multiple_of} from {min} to {max}")
+            }
+            Kind::Choice(words) => words.join(" or "),
+        }
+    }
+
+    fn accepts(&self, value: &Value) -> bool {
+        match self.kind {
+            Kind::Int { min, max, multiple_of, .. } => value
+                .as_u64()
+                .and_then(|v| usize::try_from(v).ok())
+                .is_some_and(|v| (min..=max).contains(&v) && v.is_multiple_of(multiple_of)),
+            Kind::Choice(words) => value.as_str().is_some_and(|v| words.contains(&v)),
+        }
+    }
+}
+
+/// The options of a codec, complete and valid.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Options(Map<String, Value>);
+
+impl Options {
+    /// Completes and checks options given by name.
+    ///
+    /// # Errors
+    /// When one is unknown or has a bad value.
+    pub fn new(codec: &dyn Codec, given: &Map<String, Value>) -> Result<Self> {
+        let specs = codec.options();
+        if let Some(got) = given.keys().find(|name| specs.iter().all(|s| s.name != *name)) {
+            return Err(Error::UnknownOption {
+                codec: codec.name(),
+                got: got.clone(),
+                known: specs.iter().map(|s| s.name).collect(),
+            });
+        }
+        let mut complete = Map::new();
+        for spec in specs {
+            let value = given.get(spec.name).cloned().unwrap_or_else(|| spec.default_value());
+            if !spec.accepts(&value) {
+                return Err(Error::BadOption {
+                    codec: codec.name(),
+                    option: spec.name,
+                    expected: spec.expected(),
+                    got: value.to_string(),
+                });
+            }
+            complete.insert(spec.name.to_owned(), value);
+        }
+        Ok(Self(complete))
+    }
+
+    /// The options as stored in a manifest.
+    pub fn to_json(&self) -> &Map<String, Value> {
+        &self.0
+    }
+
+    /// The value of a number option.
+    ///
+    /// Panics when the codec declares no such option.
+    pub fn int(&self, name: &str) -> usize {
+        let value = self.0.get(name).and_then(Value::as_u64);
+        match value.and_then(|v| usize::try_from(v).ok()) {
+            Some(value) => value,
+            None => unreachable!("no number option {name} is declared"),
+        }
+    }
+
+    /// The value of a choice option.
+    ///
+    /// Panics when the codec declares no such option.
+    pub fn choice(&self, name: &str) -> &str {
+        match self.0.get(name).and_then(Value::as_str) {
+            Some(value) => value,
+            None => unreachable!("no choice option {name} is declared"),
+        }
+    }
+}
+
+impl fmt::Display for Options {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, (name, value)) in self.0.iter().enumerate() {
+            let comma = if i > 0 { "," } else { "" };
+            match value {
+                Value::String(word) => write!(f, "{comma}{name}={word}")?,
+                other => write!(f, "{comma}{name}={other}")?,
+            }
+        }
+        Ok(())
+    }
+}

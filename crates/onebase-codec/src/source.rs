@@ -1,0 +1,74 @@
+use std::ops::Range;
+
+use onebase_tensor::MatrixRef;
+use rayon::prelude::*;
+
+use crate::{Error, Result};
+
+/// A delta `[out_features, in_features]` that can be read by rows, so that an
+/// encoder need not hold a large one.
+pub trait DeltaSource: Sync {
+    /// `[out_features, in_features]`.
+    fn shape(&self) -> [usize; 2];
+
+    /// Reads rows into `out`, `[rows.len(), in_features]`.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) -> Result<()>;
+}
+
+impl DeltaSource for MatrixRef<'_> {
+    fn shape(&self) -> [usize; 2] {
+        MatrixRef::shape(self)
+    }
+
+    fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) -> Result<()> {
+        out.copy_from_slice(self.rows(rows).data());
+        Ok(())
+    }
+}
+
+/// Elements of a block: together with its codes it fits a second-level cache.
+const BLOCK_WEIGHTS: usize = 1 << 16;
+
+/// Reads a delta in blocks of rows, in parallel, checks that every weight is
+/// finite, and lets `encode` write each block's share of two outputs.
+///
+/// `codes` has `codes_per_row` elements for each row and `scales` has
+/// `scales_per_row`. The blocks depend only on the shape, and each is encoded
+/// alone, so the outputs do not depend on the number of threads.
+///
+/// # Errors
+/// When the delta cannot be read or holds NaN or ∞.
+pub fn for_each_block<C: Send, S: Send>(
+    delta: &dyn DeltaSource,
+    (codes, codes_per_row): (&mut [C], usize),
+    (scales, scales_per_row): (&mut [S], usize),
+    encode: impl Fn(MatrixRef<'_>, &mut [C], &mut [S]) + Sync,
+) -> Result<()> {
+    let [n_rows, n_cols] = delta.shape();
+    assert_eq!(codes.len(), n_rows * codes_per_row, "codes");
+    assert_eq!(scales.len(), n_rows * scales_per_row, "scales");
+    if n_rows == 0 || n_cols == 0 {
+        return Ok(());
+    }
+    let block_rows = (BLOCK_WEIGHTS / n_cols).max(1);
+    let codes = codes.par_chunks_mut(block_rows * codes_per_row);
+    let scales = scales.par_chunks_mut(block_rows * scales_per_row);
+    codes.zip(scales).enumerate().try_for_each_init(Vec::new, |buffer, (index, (codes, scales))| {
+        let first = index * block_rows;
+        let rows = first..n_rows.min(first + block_rows);
+        buffer.resize(rows.len() * n_cols, 0.0);
+        delta.read_rows(rows.clone(), buffer)?;
+        if let Some(at) = buffer.iter().position(|w| !w.is_finite()) {
+            let (row, column) = (first + at / n_cols, at % n_cols);
+            return Err(Error::NotFinite { row, column, got: buffer[at] });
+        }
+        let Ok(block) = MatrixRef::new(buffer, rows.len(), n_cols) else {
+            unreachable!("the buffer was sized for the block")
+        };
+        encode(block, codes, scales);
+        Ok(())
+    })
+}

@@ -1,0 +1,101 @@
+use std::fmt;
+use std::str::FromStr;
+
+use onebase_tensor::EncodedDelta;
+use serde_json::{Map, Value};
+
+use crate::{CODECS, Codec, DeltaLinear, DeltaSource, Error, Options, Result};
+
+/// A codec with its options, written `name` or `name:option=value,option=value`.
+#[derive(Clone)]
+pub struct CodecSpec {
+    codec: &'static dyn Codec,
+    options: Options,
+}
+
+impl CodecSpec {
+    /// The registered codec of a name with the options given, the others at
+    /// their defaults.
+    ///
+    /// # Errors
+    /// When the name or an option is unknown or a value is bad.
+    pub fn new(name: &str, options: &Map<String, Value>) -> Result<Self> {
+        let Some(codec) = CODECS.iter().find(|c| c.name() == name) else {
+            let known: Vec<_> = CODECS.iter().map(|c| c.name()).collect();
+            let nearest = known.iter().min_by_key(|k| strsim::damerau_levenshtein(k, name));
+            let nearest = nearest.copied().unwrap_or_default();
+            return Err(Error::UnknownCodec { got: name.to_owned(), nearest, known });
+        };
+        Ok(Self { codec: *codec, options: Options::new(*codec, options)? })
+    }
+
+    /// The codec that wrote parts, from what a manifest says of it.
+    ///
+    /// # Errors
+    /// As [`CodecSpec::new`], and when the parts are of a newer version.
+    pub fn from_record(name: &str, version: u32, options: &Map<String, Value>) -> Result<Self> {
+        let spec = Self::new(name, options)?;
+        let newest = spec.codec.version();
+        if version > newest {
+            return Err(Error::NewerParts { codec: spec.codec.name(), newest, got: version });
+        }
+        Ok(spec)
+    }
+
+    /// The codec.
+    pub fn codec(&self) -> &'static dyn Codec {
+        self.codec
+    }
+
+    /// Its options.
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
+    /// [`Codec::encode`] with these options.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn encode(&self, delta: &dyn DeltaSource) -> Result<EncodedDelta> {
+        self.codec.encode(&self.options, delta)
+    }
+
+    /// [`Codec::prepare`] with these options.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn prepare(&self, delta: EncodedDelta) -> Result<Box<dyn DeltaLinear>> {
+        self.codec.prepare(&self.options, delta)
+    }
+}
+
+impl fmt::Debug for CodecSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "CodecSpec({self})")
+    }
+}
+
+impl fmt::Display for CodecSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.codec.name())?;
+        if self.options.to_json().is_empty() {
+            return Ok(());
+        }
+        write!(f, ":{}", self.options)
+    }
+}
+
+impl FromStr for CodecSpec {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let (name, rest) = text.split_once(':').unwrap_or((text, ""));
+        let mut given = Map::new();
+        for pair in rest.split(',').filter(|pair| !pair.is_empty()) {
+            let (option, value) = pair.split_once('=').unwrap_or((pair, ""));
+            let value = value.parse::<u64>().map_or_else(|_| Value::from(value), Value::from);
+            given.insert(option.replace('-', "_"), value);
+        }
+        Self::new(name, &given)
+    }
+}
