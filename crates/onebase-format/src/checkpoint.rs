@@ -8,7 +8,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::error::Error;
-use crate::safetensors_file::{SafetensorsFile, TensorHeader};
+use crate::safetensors_file::{MappedBytes, SafetensorsFile, TensorHeader};
 use crate::{Digest, Result, digest};
 
 /// The model's configuration in a checkpoint folder.
@@ -225,7 +225,7 @@ impl<'a> Tensor<'a> {
     }
 
     /// The data, mapped into memory.
-    pub fn bytes(&self) -> &'a [u8] {
+    pub fn bytes(&self) -> MappedBytes {
         self.file.bytes(self.header)
     }
 

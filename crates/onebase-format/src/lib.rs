@@ -16,7 +16,7 @@ pub use atomic::StagedFolder;
 pub use checkpoint::{CONFIG_FILE, Checkpoint, SIDE_FILES, Tensor};
 pub use digest::Digest;
 pub use error::Error;
-pub use safetensors_file::{TensorHeader, TensorWriter};
+pub use safetensors_file::{MappedBytes, TensorHeader, TensorWriter};
 
 /// The result of this crate's operations.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

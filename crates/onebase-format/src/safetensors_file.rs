@@ -1,7 +1,9 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::{Read, Seek, Write};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use memmap2::Mmap;
 use onebase_tensor::DType;
@@ -32,12 +34,27 @@ impl TensorHeader {
     }
 }
 
+/// Bytes of a file in memory, which stay mapped for as long as this lives.
+#[derive(Clone, Debug)]
+pub struct MappedBytes {
+    map: Arc<Mmap>,
+    range: Range<usize>,
+}
+
+impl std::ops::Deref for MappedBytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.map[self.range.clone()]
+    }
+}
+
 /// A safetensors file whose header was checked against its length.
 #[derive(Debug)]
 pub(crate) struct SafetensorsFile {
     pub(crate) path: PathBuf,
     file: File,
-    map: Mmap,
+    map: Arc<Mmap>,
     data_start: usize,
     pub(crate) tensors: BTreeMap<String, TensorHeader>,
 }
@@ -61,7 +78,8 @@ impl SafetensorsFile {
                 (name, header)
             })
             .collect();
-        Ok(Self { path: path.to_owned(), file, map, data_start: 8 + header_bytes, tensors })
+        let (path, map) = (path.to_owned(), Arc::new(map));
+        Ok(Self { path, file, map, data_start: 8 + header_bytes, tensors })
     }
 
     pub(crate) fn header(&self, name: &str) -> Result<&TensorHeader> {
@@ -72,8 +90,9 @@ impl SafetensorsFile {
     }
 
     /// The mapped bytes of a tensor.
-    pub(crate) fn bytes(&self, header: &TensorHeader) -> &[u8] {
-        &self.map[self.data_start + header.begin..self.data_start + header.end]
+    pub(crate) fn bytes(&self, header: &TensorHeader) -> MappedBytes {
+        let range = self.data_start + header.begin..self.data_start + header.end;
+        MappedBytes { map: Arc::clone(&self.map), range }
     }
 
     /// Reads bytes of a tensor from `offset`, without touching the map, so that

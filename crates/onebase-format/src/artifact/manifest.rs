@@ -32,8 +32,6 @@ pub struct Manifest {
     pub base: BaseRecord,
     /// What the fine-tune was called.
     pub fine_tune: String,
-    /// The seed of every random choice made while encoding.
-    pub seed: u64,
     /// The codecs in use; tensors name them by position.
     pub codecs: Vec<CodecRecord>,
     /// Every file but the manifest and the model card.

@@ -244,7 +244,7 @@ impl Artifact {
                 tensor: part_name(tensor, part),
                 got: header.dtype.clone(),
             })?;
-            let read = PartData::from_le_bytes(dtype, file.bytes(header))
+            let read = PartData::from_le_bytes(dtype, &file.bytes(header))
                 .and_then(|data| Part::new(header.shape.clone(), data));
             let Some(read) = read else {
                 return Err(self.bad(tensor, format!("part {part} does not fill its shape")));

@@ -44,7 +44,7 @@ impl ArtifactWriter {
     ///
     /// # Errors
     /// When the folder exists or cannot be written.
-    pub fn create(target: &Path, tool: &str, fine_tune: &str, seed: u64) -> Result<Self> {
+    pub fn create(target: &Path, tool: &str, fine_tune: &str) -> Result<Self> {
         Ok(Self {
             folder: StagedFolder::create(target)?,
             manifest: Manifest {
@@ -54,7 +54,6 @@ impl ArtifactWriter {
                 // Known when every tensor is.
                 base: BaseRecord::new("", std::iter::empty()),
                 fine_tune: fine_tune.to_owned(),
-                seed,
                 codecs: Vec::new(),
                 files: BTreeMap::new(),
                 inherited: BTreeMap::new(),

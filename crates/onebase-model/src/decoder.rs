@@ -1,0 +1,157 @@
+//! The tensors of a decoder: their names, shapes and places, written once and
+//! filled by whoever loads a base, loads a tenant or only lists them.
+
+use onebase_format::artifact::Role;
+
+use crate::{ModelConfig, Result};
+
+/// A decoder whose linear sites are `L`, vectors `V` and token tables `T`.
+#[derive(Debug)]
+pub(crate) struct Decoder<L, V, T> {
+    pub(crate) embedding: T,
+    pub(crate) layers: Vec<Layer<L, V>>,
+    pub(crate) norm: V,
+    /// Absent where the embedding is the head.
+    pub(crate) head: Option<T>,
+}
+
+/// One block.
+#[derive(Debug)]
+pub(crate) struct Layer<L, V> {
+    pub(crate) input_norm: V,
+    pub(crate) q: L,
+    pub(crate) k: L,
+    pub(crate) v: L,
+    pub(crate) o: L,
+    /// Norms on the heads of q and k.
+    pub(crate) qk_norm: Option<[V; 2]>,
+    pub(crate) post_norm: V,
+    pub(crate) gate: L,
+    pub(crate) up: L,
+    pub(crate) down: L,
+}
+
+/// Makes the members of a [`Decoder`].
+pub(crate) trait Loader {
+    type Linear;
+    type Vector;
+    type Table;
+
+    /// The site `module`, its weight `[out_features, in_features]` and, where
+    /// `bias`, its bias `[out_features]`.
+    fn linear(&mut self, module: &str, shape: [usize; 2], bias: bool) -> Result<Self::Linear>;
+    fn vector(&mut self, name: &str, len: usize) -> Result<Self::Vector>;
+    /// A table `[vocab_size, hidden_size]`.
+    fn table(&mut self, name: &str, role: Role, shape: [usize; 2]) -> Result<Self::Table>;
+}
+
+/// What a loader makes.
+pub(crate) type Loaded<R> =
+    Decoder<<R as Loader>::Linear, <R as Loader>::Vector, <R as Loader>::Table>;
+
+impl<L, V, T> Decoder<L, V, T> {
+    /// Loads every member, in the order of the forward pass.
+    pub(crate) fn load(
+        config: &ModelConfig,
+        loader: &mut impl Loader<Linear = L, Vector = V, Table = T>,
+    ) -> Result<Self> {
+        let hidden = config.hidden_size;
+        let table = [config.vocab_size, hidden];
+        let embedding = loader.table("model.embed_tokens.weight", Role::Embedding, table)?;
+        let layers = (0..config.n_layers)
+            .map(|index| Layer::load(config, &format!("model.layers.{index}"), loader))
+            .collect::<Result<_>>()?;
+        let norm = loader.vector("model.norm.weight", hidden)?;
+        let head = if config.tied {
+            None
+        } else {
+            Some(loader.table("lm_head.weight", Role::Head, table)?)
+        };
+        Ok(Self { embedding, layers, norm, head })
+    }
+}
+
+impl<L, V> Layer<L, V> {
+    fn load<T>(
+        config: &ModelConfig,
+        module: &str,
+        loader: &mut impl Loader<Linear = L, Vector = V, Table = T>,
+    ) -> Result<Self> {
+        let hidden = config.hidden_size;
+        let q_size = config.n_heads * config.head_dim;
+        let kv_size = config.n_kv_heads * config.head_dim;
+        let ffn = config.intermediate_size;
+        let (qkv_bias, o_bias, mlp_bias) = (config.qkv_bias, config.o_bias, config.mlp_bias);
+        let attention = format!("{module}.self_attn");
+        let mlp = format!("{module}.mlp");
+        Ok(Self {
+            input_norm: loader.vector(&format!("{module}.input_layernorm.weight"), hidden)?,
+            q: loader.linear(&format!("{attention}.q_proj"), [q_size, hidden], qkv_bias)?,
+            k: loader.linear(&format!("{attention}.k_proj"), [kv_size, hidden], qkv_bias)?,
+            v: loader.linear(&format!("{attention}.v_proj"), [kv_size, hidden], qkv_bias)?,
+            o: loader.linear(&format!("{attention}.o_proj"), [hidden, q_size], o_bias)?,
+            qk_norm: if config.qk_norm {
+                Some([
+                    loader.vector(&format!("{attention}.q_norm.weight"), config.head_dim)?,
+                    loader.vector(&format!("{attention}.k_norm.weight"), config.head_dim)?,
+                ])
+            } else {
+                None
+            },
+            post_norm: loader
+                .vector(&format!("{module}.post_attention_layernorm.weight"), hidden)?,
+            gate: loader.linear(&format!("{mlp}.gate_proj"), [ffn, hidden], mlp_bias)?,
+            up: loader.linear(&format!("{mlp}.up_proj"), [ffn, hidden], mlp_bias)?,
+            down: loader.linear(&format!("{mlp}.down_proj"), [hidden, ffn], mlp_bias)?,
+        })
+    }
+}
+
+/// A tensor that a checkpoint of some configuration has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorSpec {
+    /// Its name.
+    pub name: String,
+    /// What it is for.
+    pub role: Role,
+    /// Its shape.
+    pub shape: Vec<usize>,
+}
+
+/// Every tensor of a checkpoint of this configuration, in the order of the
+/// forward pass.
+pub fn tensor_specs(config: &ModelConfig) -> Vec<TensorSpec> {
+    let mut list = List(Vec::new());
+    match Decoder::load(config, &mut list) {
+        Ok(_) => list.0,
+        Err(_) => unreachable!("listing names cannot fail"),
+    }
+}
+
+struct List(Vec<TensorSpec>);
+
+impl List {
+    fn push(&mut self, name: String, role: Role, shape: Vec<usize>) -> Result<()> {
+        self.0.push(TensorSpec { name, role, shape });
+        Ok(())
+    }
+}
+
+impl Loader for List {
+    type Linear = ();
+    type Vector = ();
+    type Table = ();
+
+    fn linear(&mut self, module: &str, shape: [usize; 2], bias: bool) -> Result<()> {
+        self.push(format!("{module}.weight"), Role::Linear, shape.to_vec())?;
+        if bias { self.vector(&format!("{module}.bias"), shape[0]) } else { Ok(()) }
+    }
+
+    fn vector(&mut self, name: &str, len: usize) -> Result<()> {
+        self.push(name.to_owned(), Role::Vector, vec![len])
+    }
+
+    fn table(&mut self, name: &str, role: Role, shape: [usize; 2]) -> Result<()> {
+        self.push(name.to_owned(), role, shape.to_vec())
+    }
+}

@@ -1,0 +1,155 @@
+use std::path::PathBuf;
+
+/// Why a model could not be loaded or run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Files could not be read or do not belong together.
+    #[error(transparent)]
+    Format(#[from] onebase_format::Error),
+    /// A delta could not be prepared.
+    #[error("{}: tensor {tensor}", path.display())]
+    Delta {
+        /// The artifact.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// What is wrong with its delta.
+        source: onebase_codec::Error,
+    },
+    /// A delta decodes to a shape the model does not have.
+    #[error("{}: tensor {tensor}: expected shape {expected:?}, got {got:?}", path.display())]
+    Shape {
+        /// Checkpoint or artifact.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The shape that follows from the configuration.
+        expected: Vec<usize>,
+        /// The shape it has.
+        got: Vec<usize>,
+    },
+    /// A tensor is there that the architecture does not have.
+    #[error("{}: unexpected tensor {tensor}", path.display())]
+    UnexpectedTensor {
+        /// The checkpoint.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+    },
+    /// A field of the configuration is missing or malformed.
+    #[error("{}: config field {field}: expected {expected}, got {got}", path.display())]
+    Config {
+        /// The checkpoint or artifact.
+        path: PathBuf,
+        /// The field.
+        field: &'static str,
+        /// What it can be.
+        expected: &'static str,
+        /// What it is.
+        got: String,
+    },
+    /// Base and fine-tune are not the same kind of model.
+    #[error(
+        "{} does not fit the base: {field} is {got}, the base has {expected}",
+        path.display()
+    )]
+    OtherModel {
+        /// The fine-tune or artifact.
+        path: PathBuf,
+        /// What differs.
+        field: &'static str,
+        /// The base's.
+        expected: String,
+        /// The fine-tune's.
+        got: String,
+    },
+    /// A file of the tokenizer or the chat template is missing.
+    #[error("{} has no {file}", path.display())]
+    MissingFile {
+        /// The checkpoint or artifact.
+        path: PathBuf,
+        /// The file.
+        file: &'static str,
+    },
+    /// The tokenizer could not be read or failed.
+    #[error("{}: tokenizer: {problem}", path.display())]
+    Tokenizer {
+        /// The checkpoint or artifact.
+        path: PathBuf,
+        /// What the library said.
+        problem: String,
+    },
+    /// A JSON file beside the weights is malformed.
+    #[error("{}: {file}", path.display())]
+    Json {
+        /// The checkpoint or artifact.
+        path: PathBuf,
+        /// The file.
+        file: &'static str,
+        /// What is wrong with it.
+        source: serde_json::Error,
+    },
+    /// The chat template does not compile or refuses the messages.
+    #[error("{}: chat template", path.display())]
+    ChatTemplate {
+        /// The checkpoint or artifact.
+        path: PathBuf,
+        /// What the template said.
+        source: minijinja::Error,
+    },
+    /// The model has no chat template.
+    #[error("{} has no chat template", path.display())]
+    NoChatTemplate {
+        /// The checkpoint or artifact.
+        path: PathBuf,
+    },
+    /// A token is outside the vocabulary.
+    #[error("token {token} is outside the vocabulary of {vocab_size}")]
+    Token {
+        /// The token.
+        token: u32,
+        /// The tenant's vocabulary.
+        vocab_size: usize,
+    },
+    /// A prompt has no token.
+    #[error("the prompt is empty")]
+    EmptyPrompt,
+    /// A prompt leaves no room for an answer.
+    #[error("the prompt has {n_tokens} tokens, the context holds {context_tokens}")]
+    ContextTooLong {
+        /// Tokens of the prompt.
+        n_tokens: usize,
+        /// Positions of the model.
+        context_tokens: usize,
+    },
+}
+
+impl Error {
+    /// What the user may do about it.
+    pub fn hint(&self) -> Option<String> {
+        Some(match self {
+            Error::Format(e) => return e.hint(),
+            Error::Delta { source, .. } => return source.hint(),
+            Error::Config { field: "architectures", .. } => {
+                "supported are Llama, Mistral, Qwen2 and Qwen3 decoders".into()
+            }
+            Error::Config { field: "quantization_config", .. } => {
+                "use the 16- or 32-bit checkpoint".into()
+            }
+            Error::OtherModel { .. } => {
+                "a delta needs the base that the fine-tune was trained from".into()
+            }
+            Error::MissingFile { .. } => {
+                "a model that answers text needs tokenizer.json; transformers' save_pretrained \
+                 writes it"
+                    .into()
+            }
+            Error::NoChatTemplate { .. } => {
+                "give a plain prompt with --raw, or add chat_template.jinja to the checkpoint"
+                    .into()
+            }
+            _ => return None,
+        })
+    }
+}

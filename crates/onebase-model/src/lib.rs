@@ -1,0 +1,36 @@
+//! Decoder models over one base, with each tenant's delta added to its own rows.
+//!
+//! [`Model`] is a base in memory; [`Tenant`] is one artifact loaded against it;
+//! [`Model::forward`] runs rows of several tenants in one batch, and
+//! [`generate`] decodes a set of requests. The forward pass is the same for
+//! evaluation and for serving.
+
+mod chat_template;
+mod config;
+mod decoder;
+mod error;
+mod forward;
+mod generate;
+mod kv_cache;
+mod linear;
+mod model;
+mod rope;
+mod sampler;
+mod tenant;
+mod tokenizer;
+mod weights;
+
+pub use chat_template::{ChatTemplate, Message};
+pub use config::{Architecture, ModelConfig};
+pub use decoder::{TensorSpec, tensor_specs};
+pub use error::Error;
+pub use forward::{Logits, Segment};
+pub use generate::{Completion, FinishReason, Generation, Request, generate};
+pub use kv_cache::KvCache;
+pub use model::{Model, check_tensors};
+pub use sampler::{Sampler, SamplingParams};
+pub use tenant::Tenant;
+pub use tokenizer::{TextModel, Tokenizer};
+
+/// The result of this crate's operations.
+pub type Result<T, E = Error> = std::result::Result<T, E>;

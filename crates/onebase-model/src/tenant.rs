@@ -1,0 +1,142 @@
+use onebase_codec::{CodecSpec, DeltaLinear};
+use onebase_format::artifact::{Artifact, Role, Storage};
+
+use crate::decoder::{Decoder, Loaded, Loader};
+use crate::linear::SiteDelta;
+use crate::rope::Rope;
+use crate::weights::Weight;
+use crate::{Error, Model, ModelConfig, Result};
+
+/// One fine-tune, loaded against its base: what it changes, and nothing else.
+pub struct Tenant {
+    pub(crate) config: ModelConfig,
+    pub(crate) decoder: Loaded<TenantLoader<'static>>,
+    pub(crate) rope: Rope,
+    resident_bytes: usize,
+}
+
+/// What a tenant changes in a token table `[vocab_size, hidden_size]`.
+pub(crate) enum TableDelta {
+    /// Nothing.
+    Unchanged,
+    /// A delta on the base's rows, and the rows past them.
+    Delta { delta: Box<dyn DeltaLinear>, added: Option<Weight> },
+    /// Everything: its own rows.
+    Exact(Weight),
+}
+
+impl Tenant {
+    /// Loads an artifact against a base.
+    ///
+    /// Every file's digest and the digest of every base tensor are compared with
+    /// the manifest first.
+    ///
+    /// # Errors
+    /// When the base is another one, or the artifact is damaged or does not fit
+    /// the architecture.
+    pub fn load(model: &Model, artifact: &Artifact) -> Result<Self> {
+        let digests = model.digests()?;
+        let digests = digests.iter().map(|(name, digest)| (name.as_str(), *digest)).collect();
+        artifact.check_base_digests(model.checkpoint().dir(), &digests)?;
+        artifact.check_files()?;
+        let config = ModelConfig::of_artifact(artifact, model.checkpoint())?;
+        model.config.check_fine_tune(&config, artifact.dir())?;
+        let mut loader =
+            TenantLoader { artifact, base_rows: model.config.vocab_size, resident_bytes: 0 };
+        let Decoder { embedding, layers, norm, head } = Decoder::load(&config, &mut loader)?;
+        let decoder = Decoder { embedding, layers, norm, head };
+        let rope = Rope::new(&config);
+        Ok(Self { config, decoder, rope, resident_bytes: loader.resident_bytes })
+    }
+
+    /// The fine-tune's configuration.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Bytes of memory that its parts hold.
+    pub fn resident_bytes(&self) -> usize {
+        self.resident_bytes
+    }
+}
+
+pub(crate) struct TenantLoader<'a> {
+    artifact: &'a Artifact,
+    /// Rows of the base's token tables.
+    base_rows: usize,
+    resident_bytes: usize,
+}
+
+impl TenantLoader<'_> {
+    fn check_shape(&self, tensor: &str, expected: &[usize], got: &[usize]) -> Result<()> {
+        if expected == got {
+            return Ok(());
+        }
+        Err(Error::Shape {
+            path: self.artifact.dir().to_owned(),
+            tensor: tensor.to_owned(),
+            expected: expected.to_vec(),
+            got: got.to_vec(),
+        })
+    }
+
+    /// The prepared delta of a tensor, `None` when it is the base's.
+    fn delta(&mut self, tensor: &str, shape: [usize; 2]) -> Result<Option<Box<dyn DeltaLinear>>> {
+        let Some((record, delta)) = self.artifact.delta(tensor)? else { return Ok(None) };
+        self.check_shape(tensor, &shape, &delta.shape)?;
+        let prepared = CodecSpec::from_record(&record.name, record.version, &record.options)
+            .and_then(|spec| spec.prepare(delta))
+            .map_err(|source| Error::Delta {
+                path: self.artifact.dir().to_owned(),
+                tensor: tensor.to_owned(),
+                source,
+            })?;
+        self.resident_bytes += prepared.resident_bytes();
+        Ok(Some(prepared))
+    }
+}
+
+impl Loader for TenantLoader<'_> {
+    type Linear = SiteDelta;
+    type Vector = Option<Vec<f32>>;
+    type Table = TableDelta;
+
+    fn linear(&mut self, module: &str, shape: [usize; 2], bias: bool) -> Result<SiteDelta> {
+        let weight = format!("{module}.weight");
+        self.check_shape(&weight, &shape, &self.artifact.record(&weight)?.shape)?;
+        let delta = self.delta(&weight, shape)?;
+        let bias = if bias { self.vector(&format!("{module}.bias"), shape[0])? } else { None };
+        Ok(SiteDelta { delta, bias })
+    }
+
+    fn vector(&mut self, name: &str, len: usize) -> Result<Option<Vec<f32>>> {
+        self.check_shape(name, &[len], &self.artifact.record(name)?.shape)?;
+        let wide = self.artifact.exact(name)?.map(|tensor| tensor.widen());
+        self.resident_bytes += wide.as_ref().map_or(0, |v| size_of_val(v.as_slice()));
+        Ok(wide)
+    }
+
+    fn table(&mut self, name: &str, _: Role, shape: [usize; 2]) -> Result<TableDelta> {
+        let record = self.artifact.record(name)?;
+        self.check_shape(name, &shape, &record.shape)?;
+        let table = match &record.storage {
+            Storage::Unchanged => TableDelta::Unchanged,
+            Storage::Exact { .. } => match self.artifact.exact(name)? {
+                Some(tensor) => TableDelta::Exact(Weight::exact(&tensor)),
+                None => unreachable!("the record says it is exact"),
+            },
+            Storage::Codec { .. } => {
+                let base_shape = [self.base_rows, shape[1]];
+                let added = self.artifact.added_rows(name)?;
+                let Some(delta) = self.delta(name, base_shape)? else {
+                    unreachable!("the record says it has a delta")
+                };
+                TableDelta::Delta { delta, added: added.as_ref().map(Weight::exact) }
+            }
+        };
+        if let TableDelta::Delta { added: Some(weight), .. } | TableDelta::Exact(weight) = &table {
+            self.resident_bytes += weight.resident_bytes();
+        }
+        Ok(table)
+    }
+}

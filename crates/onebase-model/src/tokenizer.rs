@@ -1,0 +1,144 @@
+use std::path::{Path, PathBuf};
+
+use onebase_format::artifact::Artifact;
+use onebase_format::{CONFIG_FILE, Checkpoint};
+use serde_json::Value;
+
+use crate::{ChatTemplate, Error, Result};
+
+const TOKENIZER: &str = "tokenizer.json";
+const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+const GENERATION_CONFIG: &str = "generation_config.json";
+
+/// A tokenizer in the format of the `tokenizers` library.
+#[derive(Debug)]
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    path: PathBuf,
+}
+
+impl Tokenizer {
+    fn bad(&self, problem: &dyn std::fmt::Display) -> Error {
+        Error::Tokenizer { path: self.path.clone(), problem: problem.to_string() }
+    }
+
+    /// Tokens of a text; `add_special_tokens` adds those that begin a document.
+    ///
+    /// # Errors
+    /// When the tokenizer cannot represent the text.
+    pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
+        let encoding = self.inner.encode_fast(text, add_special_tokens);
+        encoding.map(|e| e.get_ids().to_vec()).map_err(|e| self.bad(&e))
+    }
+
+    /// The text of tokens, special ones left out.
+    ///
+    /// # Errors
+    /// When the tokens cannot be decoded.
+    pub fn decode(&self, tokens: &[u32]) -> Result<String> {
+        self.inner.decode(tokens, true).map_err(|e| self.bad(&e))
+    }
+}
+
+/// What turns messages into tokens and tokens into text: tokenizer, chat
+/// template and the tokens that end an answer.
+#[derive(Debug)]
+pub struct TextModel {
+    /// The tokenizer.
+    pub tokenizer: Tokenizer,
+    /// The chat template, where the model has one.
+    pub chat_template: Option<ChatTemplate>,
+    /// Tokens that end an answer.
+    pub stop_tokens: Vec<u32>,
+    path: PathBuf,
+}
+
+impl TextModel {
+    /// Reads the files of a checkpoint.
+    ///
+    /// # Errors
+    /// When the tokenizer is missing or a file is malformed.
+    pub fn from_checkpoint(checkpoint: &Checkpoint) -> Result<Self> {
+        Self::read(checkpoint.dir(), |name| Ok(checkpoint.side_file(name)?))
+    }
+
+    /// Reads the files of a fine-tune from its artifact, the base's where they
+    /// were the same.
+    ///
+    /// # Errors
+    /// When the tokenizer is missing or a file is malformed or has changed.
+    pub fn from_artifact(artifact: &Artifact, base: &Checkpoint) -> Result<Self> {
+        Self::read(artifact.dir(), |name| Ok(artifact.side_file(base, name)?))
+    }
+
+    fn read(path: &Path, file: impl Fn(&str) -> Result<Option<Vec<u8>>>) -> Result<Self> {
+        let path = path.to_owned();
+        let Some(bytes) = file(TOKENIZER)? else {
+            return Err(Error::MissingFile { path, file: TOKENIZER });
+        };
+        let inner = tokenizers::Tokenizer::from_bytes(&bytes)
+            .map_err(|e| Error::Tokenizer { path: path.clone(), problem: e.to_string() })?;
+        let json = |name| -> Result<Value> {
+            let Some(bytes) = file(name)? else { return Ok(Value::Null) };
+            let path = path.clone();
+            serde_json::from_slice(&bytes).map_err(|source| Error::Json {
+                path,
+                file: name,
+                source,
+            })
+        };
+        let tokenizer_config = json(TOKENIZER_CONFIG)?;
+        let own_template = match file("chat_template.jinja")? {
+            Some(bytes) => Some(String::from_utf8_lossy(&bytes).into_owned()),
+            None => json("chat_template.json")?["chat_template"].as_str().map(str::to_owned),
+        };
+        let template = own_template.or_else(|| default_template(&tokenizer_config));
+        let special = |name: &str| {
+            let token = &tokenizer_config[name];
+            token.as_str().or_else(|| token["content"].as_str()).map(str::to_owned)
+        };
+        let chat_template = template
+            .map(|source| {
+                ChatTemplate::new(source, special("bos_token"), special("eos_token"), &path)
+            })
+            .transpose()?;
+        let generation = json(GENERATION_CONFIG)?;
+        let config = json(CONFIG_FILE)?;
+        let stop_tokens = match token_ids(&generation["eos_token_id"]) {
+            ids if ids.is_empty() => token_ids(&config["eos_token_id"]),
+            ids => ids,
+        };
+        let tokenizer = Tokenizer { inner, path: path.clone() };
+        Ok(Self { tokenizer, chat_template, stop_tokens, path })
+    }
+
+    /// Tokens of a conversation, up to where the answer begins.
+    ///
+    /// # Errors
+    /// When there is no chat template, it refuses the messages, or the text
+    /// cannot be tokenized.
+    pub fn encode_chat<M: serde::Serialize>(&self, messages: &[M]) -> Result<Vec<u32>> {
+        let Some(template) = &self.chat_template else {
+            return Err(Error::NoChatTemplate { path: self.path.clone() });
+        };
+        // The template writes the special tokens itself.
+        self.tokenizer.encode(&template.render(messages, true)?, false)
+    }
+}
+
+/// `chat_template` of a tokenizer's configuration: a text, or a list of named
+/// ones of which `default` is for plain conversations.
+fn default_template(config: &Value) -> Option<String> {
+    let template = &config["chat_template"];
+    let named = template.as_array().into_iter().flatten();
+    let default = named.into_iter().find(|t| t["name"] == "default").map(|t| &t["template"]);
+    template.as_str().or_else(|| default.and_then(Value::as_str)).map(str::to_owned)
+}
+
+fn token_ids(value: &Value) -> Vec<u32> {
+    let id = |v: &Value| v.as_u64().and_then(|id| u32::try_from(id).ok());
+    match value {
+        Value::Array(ids) => ids.iter().filter_map(id).collect(),
+        one => id(one).into_iter().collect(),
+    }
+}
