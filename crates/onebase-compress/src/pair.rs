@@ -1,0 +1,114 @@
+use std::ops::Range;
+use std::path::Path;
+
+use onebase_codec::DeltaSource;
+use onebase_format::{Checkpoint, Tensor};
+use onebase_model::{ModelConfig, TensorSpec, check_tensors, tensor_specs};
+
+use crate::{Error, Result};
+
+/// A base and a fine-tune that belong together.
+#[derive(Debug)]
+pub struct Pair {
+    pub(crate) base: Checkpoint,
+    pub(crate) fine_tune: Checkpoint,
+    /// The fine-tune's tensors.
+    pub(crate) specs: Vec<TensorSpec>,
+}
+
+impl Pair {
+    /// Opens two checkpoints and checks that they are the same kind of model.
+    ///
+    /// # Errors
+    /// When one cannot be read, is not supported, or they differ in more than
+    /// their weights and added vocabulary rows.
+    pub fn open(base: &Path, fine_tune: &Path) -> Result<Self> {
+        let open = |dir| -> Result<(Checkpoint, ModelConfig)> {
+            let checkpoint = Checkpoint::open(dir)?;
+            let config = ModelConfig::from_json(checkpoint.config(), checkpoint.dir())?;
+            Ok((checkpoint, config))
+        };
+        let (base, base_config) = open(base)?;
+        let (fine_tune, config) = open(fine_tune)?;
+        // What differs between the models is said before what is wrong in one.
+        base_config.check_fine_tune(&config, fine_tune.dir())?;
+        check_tensors(&base, &base_config)?;
+        check_tensors(&fine_tune, &config)?;
+        Ok(Self { base, fine_tune, specs: tensor_specs(&config) })
+    }
+
+    /// The base.
+    pub fn base(&self) -> &Checkpoint {
+        &self.base
+    }
+
+    /// The fine-tune.
+    pub fn fine_tune(&self) -> &Checkpoint {
+        &self.fine_tune
+    }
+}
+
+/// The delta of one matrix over the rows that the base has.
+pub(crate) struct TensorDelta<'a> {
+    pub(crate) base: Tensor<'a>,
+    pub(crate) fine_tune: Tensor<'a>,
+    shape: [usize; 2],
+}
+
+impl<'a> TensorDelta<'a> {
+    /// Both tensors are matrices of one width, the fine-tune's at least as high.
+    pub(crate) fn new(base: Tensor<'a>, fine_tune: Tensor<'a>) -> Self {
+        let shape = [base.shape()[0], base.shape()[1]];
+        Self { base, fine_tune, shape }
+    }
+
+    /// Turns a codec's complaint about a weight into one that names its file.
+    pub(crate) fn explain(&self, error: onebase_codec::Error) -> Error {
+        let tensor = self.fine_tune.name().to_owned();
+        if let onebase_codec::Error::NotFinite { row, column, .. } = error {
+            for side in [&self.base, &self.fine_tune] {
+                let mut weight = [0.0];
+                let size = side.dtype().size_bytes();
+                let offset = (row * self.shape[1] + column) * size;
+                if read_widened(side, offset, &mut weight).is_ok() && !weight[0].is_finite() {
+                    let path = side.path().to_owned();
+                    return Error::NotFinite { path, tensor, row, column, got: weight[0] };
+                }
+            }
+        }
+        Error::Codec { path: self.fine_tune.path().to_owned(), tensor, source: error }
+    }
+}
+
+/// Reads elements from byte `offset` as f32.
+pub(crate) fn read_widened(
+    tensor: &Tensor<'_>,
+    offset: usize,
+    out: &mut [f32],
+) -> onebase_format::Result<()> {
+    let mut bytes = vec![0; out.len() * tensor.dtype().size_bytes()];
+    tensor.read(offset, &mut bytes)?;
+    tensor.dtype().widen(&bytes, out);
+    Ok(())
+}
+
+impl DeltaSource for TensorDelta<'_> {
+    fn shape(&self) -> [usize; 2] {
+        self.shape
+    }
+
+    fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) -> onebase_codec::Result<()> {
+        let first = rows.start * self.shape[1];
+        let read = |tensor: &Tensor<'_>, out: &mut [f32]| {
+            read_widened(tensor, first * tensor.dtype().size_bytes(), out)
+                .map_err(|e| onebase_codec::Error::Source(Box::new(e)))
+        };
+        let mut base = vec![0.0; out.len()];
+        read(&self.base, &mut base)?;
+        read(&self.fine_tune, out)?;
+        for (weight, base) in out.iter_mut().zip(&base) {
+            *weight -= base;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,110 @@
+use onebase_codec::{CodecSpec, DeltaLinear};
+use onebase_format::Checkpoint;
+use onebase_format::artifact::{Artifact, Storage};
+use onebase_model::{ModelConfig, TensorSpec};
+use rayon::prelude::*;
+use serde::Serialize;
+
+use crate::{Error, Progress, Result};
+
+/// Weights decoded at a time.
+const BLOCK_WEIGHTS: usize = 1 << 16;
+
+/// What was checked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Verified {
+    /// Files whose digests were compared.
+    pub n_files: usize,
+    /// Base tensors whose digests were compared.
+    pub n_base_tensors: usize,
+    /// Deltas that were decoded.
+    pub n_deltas: usize,
+}
+
+/// Checks an artifact against its base: every file, the digest of every base
+/// tensor, every tensor's shape against the architecture, and that every delta
+/// decodes to finite numbers.
+///
+/// # Errors
+/// When something is not as it was written.
+pub fn verify(base: &Checkpoint, artifact: &Artifact, progress: &dyn Progress) -> Result<Verified> {
+    progress.begin(base.size_bytes());
+    artifact.check_files()?;
+    artifact.check_base(base)?;
+    let specs = fine_tune_specs(base, artifact)?;
+    let mut n_deltas = 0;
+    for spec in &specs {
+        progress.tensor(&spec.name);
+        if let Some(delta) = prepared(artifact, &spec.name)? {
+            n_deltas += 1;
+            check_finite(artifact, &spec.name, &*delta)?;
+        }
+        progress.advance(base.tensor(&spec.name)?.size_bytes() as u64);
+    }
+    let manifest = artifact.manifest();
+    let (n_files, n_base_tensors) = (manifest.files.len(), manifest.tensors.len());
+    Ok(Verified { n_files, n_base_tensors, n_deltas })
+}
+
+/// The tensors of the fine-tune, whose records all have the right shapes.
+pub(crate) fn fine_tune_specs(base: &Checkpoint, artifact: &Artifact) -> Result<Vec<TensorSpec>> {
+    let config = ModelConfig::of_artifact(artifact, base)?;
+    ModelConfig::from_json(base.config(), base.dir())?.check_fine_tune(&config, artifact.dir())?;
+    let specs = onebase_model::tensor_specs(&config);
+    for spec in &specs {
+        let record = artifact.record(&spec.name)?;
+        let base_shape = base.tensor(&spec.name)?.shape();
+        let covered = match &record.storage {
+            Storage::Codec { added_rows, .. } => {
+                vec![record.shape[0] - added_rows, record.shape[1]]
+            }
+            Storage::Unchanged => record.shape.clone(),
+            Storage::Exact { .. } => base_shape.to_vec(),
+        };
+        for (expected, got) in [(&spec.shape, &record.shape), (&base_shape.to_vec(), &covered)] {
+            if expected != got {
+                return Err(Error::Model(onebase_model::Error::Shape {
+                    path: artifact.dir().to_owned(),
+                    tensor: spec.name.clone(),
+                    expected: expected.clone(),
+                    got: got.clone(),
+                }));
+            }
+        }
+    }
+    Ok(specs)
+}
+
+/// A tensor's delta, ready to decode; `None` when it is not stored as one.
+pub(crate) fn prepared(artifact: &Artifact, tensor: &str) -> Result<Option<Box<dyn DeltaLinear>>> {
+    let Some((record, delta)) = artifact.delta(tensor)? else { return Ok(None) };
+    CodecSpec::from_record(&record.name, record.version, &record.options)
+        .and_then(|spec| spec.prepare(delta))
+        .map(Some)
+        .map_err(|source| Error::Codec {
+            path: artifact.dir().to_owned(),
+            tensor: tensor.to_owned(),
+            source,
+        })
+}
+
+fn check_finite(artifact: &Artifact, tensor: &str, delta: &dyn DeltaLinear) -> Result<()> {
+    let [n_rows, n_cols] = delta.shape();
+    let block_rows = (BLOCK_WEIGHTS / n_cols.max(1)).max(1);
+    (0..n_rows.div_ceil(block_rows)).into_par_iter().try_for_each_init(Vec::new, |block, index| {
+        let first = index * block_rows;
+        let rows = first..n_rows.min(first + block_rows);
+        block.resize(rows.len() * n_cols, 0.0);
+        delta.write_rows(rows, block);
+        match block.iter().position(|w: &f32| !w.is_finite()) {
+            None => Ok(()),
+            Some(at) => Err(Error::NotFinite {
+                path: artifact.dir().to_owned(),
+                tensor: tensor.to_owned(),
+                row: first + at / n_cols,
+                column: at % n_cols,
+                got: block[at],
+            }),
+        }
+    })
+}
