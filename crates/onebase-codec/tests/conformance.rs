@@ -2,6 +2,9 @@
 //! every value of its choices and the ends of its ranges. A codec that is
 //! registered is tested here without a line more.
 
+// Helpers of tests may panic as tests do.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt::Write as _;
 use std::ops::Range;

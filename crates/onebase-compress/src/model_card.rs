@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use onebase_format::artifact::{Manifest, Sizes, Storage};
-use onebase_tensor::effective_bits;
+use onebase_tensor::{DType, effective_bits};
 
 /// The model card of an artifact, with the front matter that model hubs read.
 pub(crate) fn model_card(manifest: &Manifest, sizes: &Sizes) -> String {
@@ -16,7 +16,7 @@ pub(crate) fn model_card(manifest: &Manifest, sizes: &Sizes) -> String {
         base = base.name,
     );
     let original = manifest.tensors.values().map(|t| {
-        let size = t.dtype.parse::<onebase_tensor::DType>().map_or(0, |d| d.size_bytes());
+        let size = t.dtype.parse::<DType>().map_or(0, DType::size_bytes);
         (t.shape.iter().product::<usize>() * size) as u64
     });
     let original: u64 = original.sum();

@@ -84,17 +84,17 @@ fn size_bytes(spec: &TensorSpec, dtype: DType) -> u64 {
 
 /// Runs of consecutive tensors that fill a shard each.
 fn split(sizes: &[u64]) -> Vec<std::ops::Range<usize>> {
-    let mut shards = vec![0..0];
+    let mut shards: Vec<std::ops::Range<usize>> = Vec::new();
     let mut bytes = 0;
     for (index, size) in sizes.iter().enumerate() {
-        if bytes > 0 && bytes + size > SHARD_BYTES {
-            shards.push(index..index);
-            bytes = 0;
+        match shards.last_mut() {
+            Some(shard) if bytes + size <= SHARD_BYTES => shard.end = index + 1,
+            _ => {
+                shards.push(index..index + 1);
+                bytes = 0;
+            }
         }
         bytes += size;
-        if let Some(last) = shards.last_mut() {
-            last.end = index + 1;
-        }
     }
     shards
 }

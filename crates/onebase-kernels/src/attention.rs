@@ -47,9 +47,11 @@ impl Kernel for Attend<'_> {
         let head_dim = query.len();
         let scores = self.scores;
         scores.clear();
-        // SAFETY: both slices have `head_dim` elements.
-        scores
-            .extend(keys.chunks_exact(head_dim).map(|key| scale * unsafe { dot::<V>(query, key) }));
+        // Loops and not closures, as in `load_rows`.
+        for key in keys.chunks_exact(head_dim) {
+            // SAFETY: both slices have `head_dim` elements.
+            scores.push(scale * unsafe { dot::<V>(query, key) });
+        }
         let max = scores.iter().fold(f32::NEG_INFINITY, |m, s| m.max(*s));
         let mut total = 0.0;
         for score in scores.iter_mut() {

@@ -6,7 +6,7 @@ use onebase_tensor::{MatrixMut, MatrixRef, WeightRef};
 
 use crate::Backend;
 use crate::parallel::{Output, for_each_task};
-use crate::vector::{Kernel, LANES, Lanes, Stored};
+use crate::vector::{Kernel, LANES, Lanes, Stored, load_rows, load_tails};
 
 /// Batch rows that are multiplied before the weights of a task are read again:
 /// their activations fit the second-level cache.
@@ -121,7 +121,7 @@ impl<W: Stored> Dense<'_, W> {
             let mut acc = [[V::splat(0.0); B]; R];
             let mut k = 0;
             while k < whole {
-                let xs: [V; B] = std::array::from_fn(|b| V::load(x.add(b * n + k)));
+                let xs = load_rows::<V, B>(x.add(k), n);
                 for (r, acc) in acc.iter_mut().enumerate() {
                     let wv: V = W::load(w.add(r * n + k));
                     for (a, xv) in acc.iter_mut().zip(xs) {
@@ -131,11 +131,7 @@ impl<W: Stored> Dense<'_, W> {
                 k += LANES;
             }
             if whole < n {
-                let xs: [V; B] = std::array::from_fn(|b| {
-                    let mut tail = [0.0; LANES];
-                    tail[..n - whole].copy_from_slice(&self.x.row(row + b)[whole..]);
-                    V::load(tail.as_ptr())
-                });
+                let xs = load_tails::<V, B>(self.x, row);
                 for (r, acc) in acc.iter_mut().enumerate() {
                     let mut tail = [W::ZERO; LANES];
                     let from = (out + r) * n + whole;

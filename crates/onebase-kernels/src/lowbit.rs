@@ -7,7 +7,7 @@ use onebase_tensor::{MatrixMut, MatrixRef};
 
 use crate::Backend;
 use crate::parallel::{Output, for_each_task};
-use crate::vector::{Kernel, LANES, Lanes, plane_bytes};
+use crate::vector::{Kernel, LANES, Lanes, load_rows, load_tails, plane_bytes};
 
 /// Widest code.
 pub const MAX_BITS: usize = 8;
@@ -128,6 +128,29 @@ impl<const BITS: usize> Product<'_, BITS> {
         }
     }
 
+    /// Adds the products of vector `i` of `R` rows and `B` vectors of `x`.
+    ///
+    /// # Safety
+    /// As [`Product::levels`], for `R` consecutive rows.
+    #[inline(always)]
+    unsafe fn step<V: Lanes, const R: usize, const B: usize>(
+        acc: &mut [[V; B]; R],
+        planes: *const u8,
+        plane: usize,
+        i: usize,
+        xs: [V; B],
+    ) {
+        for (r, acc) in acc.iter_mut().enumerate() {
+            // SAFETY: the caller's promise, row by row.
+            unsafe {
+                let w: V = Self::levels(planes.add(r * BITS * plane), plane, i);
+                for (a, xv) in acc.iter_mut().zip(xs) {
+                    *a = w.mul_add(xv, *a);
+                }
+            }
+        }
+    }
+
     /// `R` output features from `out` for `B` rows from `row`.
     #[inline(always)]
     unsafe fn tile<V: Lanes, const R: usize, const B: usize>(&self, out: usize, row: usize) {
@@ -145,22 +168,13 @@ impl<const BITS: usize> Product<'_, BITS> {
             let mut total = [[V::splat(0.0); B]; R];
             for group in 0..n_groups {
                 let mut acc = [[V::splat(0.0); B]; R];
-                let end = plane / 2;
-                for i in group * per_group..end.min((group + 1) * per_group) {
-                    let xs: [V; B] = std::array::from_fn(|b| {
-                        if i < whole {
-                            return V::load(x.add(b * n + i * LANES));
-                        }
-                        let mut tail = [0.0; LANES];
-                        tail[..n - i * LANES].copy_from_slice(&self.x.row(row + b)[i * LANES..]);
-                        V::load(tail.as_ptr())
-                    });
-                    for (r, acc) in acc.iter_mut().enumerate() {
-                        let w: V = Self::levels(planes.add(r * BITS * plane), plane, i);
-                        for (a, xv) in acc.iter_mut().zip(xs) {
-                            *a = w.mul_add(xv, *a);
-                        }
-                    }
+                for i in group * per_group..whole.min((group + 1) * per_group) {
+                    let xs = load_rows::<V, B>(x.add(i * LANES), n);
+                    Self::step(&mut acc, planes, plane, i, xs);
+                }
+                if group + 1 == n_groups && whole * LANES < n {
+                    let xs = load_tails::<V, B>(self.x, row);
+                    Self::step(&mut acc, planes, plane, whole, xs);
                 }
                 for (r, (total, acc)) in total.iter_mut().zip(acc).enumerate() {
                     let s = V::splat(scale[(out + r) * n_groups + group].to_f32());

@@ -43,7 +43,9 @@ pub fn first_outside(
         .zip(want)
         .zip(magnitude)
         .enumerate()
-        // Written so that NaN counts as outside.
-        .find(|(_, ((g, w), m))| !((f64::from(**g) - **w).abs() <= eps * **m))
+        .find(|(_, ((g, w), m))| {
+            let error = (f64::from(**g) - **w).abs();
+            error.is_nan() || error > eps * **m
+        })
         .map(|(i, ((g, w), _))| (i, *g, *w))
 }

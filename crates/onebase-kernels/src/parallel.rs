@@ -10,6 +10,9 @@ const WORTH_A_THREAD: usize = 1 << 18;
 /// Weight bytes that one task reads: a part of the second-level cache.
 const TASK_BYTES: usize = 1 << 17;
 
+/// Multiply-adds of one task, where weights are few and rows many.
+const TASK_MULTIPLY_ADDS: usize = 1 << 19;
+
 /// Where a product's columns are added, shared by tasks that own disjoint
 /// output features.
 #[derive(Clone, Copy)]
@@ -52,7 +55,9 @@ pub(crate) fn for_each_task(
         task(0..out_features);
         return;
     }
-    let per_task = (TASK_BYTES / row_bytes.max(1)).clamp(8, 1 << 12).next_multiple_of(8);
+    let by_bytes = TASK_BYTES / row_bytes.max(1);
+    let by_work = TASK_MULTIPLY_ADDS / (multiply_adds / out_features.max(1)).max(1);
+    let per_task = by_bytes.min(by_work).clamp(8, 1 << 12).next_multiple_of(8);
     (0..out_features.div_ceil(per_task))
         .into_par_iter()
         .for_each(|i| task(i * per_task..out_features.min((i + 1) * per_task)));

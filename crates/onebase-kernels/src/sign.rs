@@ -6,7 +6,7 @@ use onebase_tensor::{MatrixMut, MatrixRef};
 
 use crate::Backend;
 use crate::parallel::{Output, for_each_task};
-use crate::vector::{Kernel, LANES, Lanes, plane_bytes};
+use crate::vector::{Kernel, LANES, Lanes, load_rows, load_tails, plane_bytes};
 
 /// A sign matrix `[out_features, in_features]` with a scale per output feature:
 /// the weight is `+scale` where the bit is set and `−scale` where it is not.
@@ -125,26 +125,23 @@ impl Product<'_> {
         // last one padded.
         unsafe {
             let bits = self.delta.bits.as_ptr().add(out * row_bytes);
-            let mask =
-                |r: usize, i: usize| bits.add(r * row_bytes + 2 * i).cast::<u16>().read_unaligned();
             let x = self.x.data().as_ptr().add(row * n);
             let mut acc = [[V::splat(0.0); B]; R];
             for i in 0..whole {
-                let xs: [V; B] = std::array::from_fn(|b| V::load(x.add(b * n + i * LANES)));
+                let xs = load_rows::<V, B>(x.add(i * LANES), n);
                 for (r, acc) in acc.iter_mut().enumerate() {
-                    let m = u16::from_le(mask(r, i));
+                    let m = mask(bits, row_bytes, r, i);
                     for (a, xv) in acc.iter_mut().zip(xs) {
                         *a = a.mask_add(m, xv);
                     }
                 }
             }
             if whole * LANES < n {
-                for b in 0..B {
-                    let mut tail = [0.0; LANES];
-                    tail[..n % LANES].copy_from_slice(&self.x.row(row + b)[whole * LANES..]);
-                    let xv = V::load(tail.as_ptr());
-                    for (r, acc) in acc.iter_mut().enumerate() {
-                        acc[b] = acc[b].mask_add(u16::from_le(mask(r, whole)), xv);
+                let xs = load_tails::<V, B>(self.x, row);
+                for (r, acc) in acc.iter_mut().enumerate() {
+                    let m = mask(bits, row_bytes, r, whole);
+                    for (a, xv) in acc.iter_mut().zip(xs) {
+                        *a = a.mask_add(m, xv);
                     }
                 }
             }
@@ -156,4 +153,14 @@ impl Product<'_> {
             }
         }
     }
+}
+
+/// The bits of vector `i` of row `r`.
+///
+/// # Safety
+/// `bits` has rows of `row_bytes`, more than `r`, each longer than `2 i + 1`.
+#[inline(always)]
+unsafe fn mask(bits: *const u8, row_bytes: usize, r: usize, i: usize) -> u16 {
+    // SAFETY: within the rows by the caller's promise.
+    u16::from_le(unsafe { bits.add(r * row_bytes + 2 * i).cast::<u16>().read_unaligned() })
 }

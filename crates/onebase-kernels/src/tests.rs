@@ -157,7 +157,7 @@ fn fitted_codes_have_the_same_bytes_on_every_backend() {
         let [first, rest @ ..] = &Backend::available()[..] else { unreachable!() };
         let want = fit(*first, 9, 300, bits, 64);
         for backend in rest {
-            assert_eq!(fit(*backend, 9, 300, bits, 64), want, "{} bits", bits);
+            assert_eq!(fit(*backend, 9, 300, bits, 64), want, "{bits} bits");
         }
     }
 }

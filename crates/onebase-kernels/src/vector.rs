@@ -1,6 +1,7 @@
 //! The whole surface of instructions that the kernels use.
 
 use half::{bf16, f16};
+use onebase_tensor::MatrixRef;
 
 /// Virtual lanes of a vector; every backend has the same number.
 pub const LANES: usize = 16;
@@ -30,6 +31,47 @@ pub(crate) trait Lanes: Copy {
     unsafe fn mask_add(self, mask: u16, value: Self) -> Self;
     /// The sum of the lanes: `i` and `i + 8`, then `i + 4`, `i + 2`, `i + 1`.
     unsafe fn sum(self) -> f32;
+}
+
+/// One vector of each of `B` rows that are `stride` apart.
+///
+/// A function and not a closure: only what is inlined for certain is compiled
+/// with the backend's instructions.
+///
+/// # Safety
+/// As for [`Lanes`], for every row.
+#[inline(always)]
+pub(crate) unsafe fn load_rows<V: Lanes, const B: usize>(x: *const f32, stride: usize) -> [V; B] {
+    // SAFETY: the caller's promise, row by row.
+    unsafe {
+        let mut rows = [V::splat(0.0); B];
+        for (b, row) in rows.iter_mut().enumerate() {
+            *row = V::load(x.add(b * stride));
+        }
+        rows
+    }
+}
+
+/// The last, incomplete vector of `B` rows from `first`, filled up with zeros.
+///
+/// # Safety
+/// As for [`Lanes`].
+#[inline(always)]
+pub(crate) unsafe fn load_tails<V: Lanes, const B: usize>(
+    x: MatrixRef<'_>,
+    first: usize,
+) -> [V; B] {
+    let whole = x.n_cols() - x.n_cols() % LANES;
+    // SAFETY: the buffer has a vector's length.
+    unsafe {
+        let mut rows = [V::splat(0.0); B];
+        for (b, row) in rows.iter_mut().enumerate() {
+            let mut tail = [0.0; LANES];
+            tail[..x.n_cols() - whole].copy_from_slice(&x.row(first + b)[whole..]);
+            *row = V::load(tail.as_ptr());
+        }
+        rows
+    }
 }
 
 /// A computation written over any lanes.

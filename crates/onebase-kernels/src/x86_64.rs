@@ -88,19 +88,22 @@ impl Lanes for Avx2 {
     #[inline(always)]
     unsafe fn load_bf16(from: *const bf16) -> Self {
         unsafe {
-            let wide = |p: *const bf16| {
-                let bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
-                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits))
-            };
-            Self(wide(from), wide(from.add(LANES / 2)))
+            let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
+            let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.add(LANES / 2).cast()));
+            Self(
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)),
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high)),
+            )
         }
     }
 
     #[inline(always)]
     unsafe fn load_f16(from: *const f16) -> Self {
         unsafe {
-            let wide = |p: *const f16| _mm256_cvtph_ps(_mm_loadu_si128(p.cast()));
-            Self(wide(from), wide(from.add(LANES / 2)))
+            Self(
+                _mm256_cvtph_ps(_mm_loadu_si128(from.cast())),
+                _mm256_cvtph_ps(_mm_loadu_si128(from.add(LANES / 2).cast())),
+            )
         }
     }
 
@@ -125,13 +128,11 @@ impl Lanes for Avx2 {
             let bits = _mm256_set1_epi32(i32::from(mask));
             let low = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
             let high = _mm256_slli_epi32::<8>(low);
-            let pick = |which, v| {
-                let on = _mm256_cmpeq_epi32(_mm256_and_si256(bits, which), which);
-                _mm256_and_ps(_mm256_castsi256_ps(on), v)
-            };
+            let low = _mm256_cmpeq_epi32(_mm256_and_si256(bits, low), low);
+            let high = _mm256_cmpeq_epi32(_mm256_and_si256(bits, high), high);
             Self(
-                _mm256_add_ps(self.0, pick(low, value.0)),
-                _mm256_add_ps(self.1, pick(high, value.1)),
+                _mm256_add_ps(self.0, _mm256_and_ps(_mm256_castsi256_ps(low), value.0)),
+                _mm256_add_ps(self.1, _mm256_and_ps(_mm256_castsi256_ps(high), value.1)),
             )
         }
     }

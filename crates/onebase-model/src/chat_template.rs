@@ -10,7 +10,7 @@ use crate::{Error, Result};
 const NAME: &str = "chat_template";
 
 /// A message of a conversation.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Message {
     /// `system`, `user` or `assistant`.
     pub role: String,

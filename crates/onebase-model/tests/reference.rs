@@ -1,6 +1,9 @@
 //! Logits, continuations and rendered conversations equal those of transformers
 //! (`fixtures/make_reference.py`).
 
+// Helpers of tests may panic as tests do.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
 use std::path::{Path, PathBuf};
 
 use onebase_format::Checkpoint;

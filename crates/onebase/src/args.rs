@@ -1,0 +1,203 @@
+//! What the user may type.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::{Parser, Subcommand};
+use onebase_codec::CodecSpec;
+use onebase_compress::TablePlan;
+
+/// One base model, hundreds of fine-tunes.
+///
+/// OneBase stores each fine-tune as a small compressed delta of its base model and
+/// answers for many of them from one copy of the base.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 100)]
+pub(crate) struct Args {
+    /// Print one JSON object on standard output, everything else on standard error
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+
+    /// Threads to use; 0 for one per core
+    #[arg(long, global = true, default_value_t = 0, env = "ONEBASE_THREADS")]
+    pub(crate) threads: usize,
+
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Compress a fine-tune into a delta artifact
+    Compress(CompressArgs),
+    /// Show what an artifact holds and what it costs
+    Inspect(InspectArgs),
+    /// Check an artifact, and that a base is the one it was made against
+    Verify(VerifyArgs),
+    /// Rebuild the fine-tune's checkpoint from base and artifact
+    Restore(RestoreArgs),
+    /// Answer prompts with the base and any number of deltas, in one batch
+    Generate(GenerateArgs),
+    /// Compress the demo family with each codec, score it and ask it questions
+    Demo(DemoArgs),
+    /// List the codecs and their options
+    Codecs,
+    /// Print a shell's completion script
+    Completions(CompletionsArgs),
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct CompressArgs {
+    /// Checkpoint folder of the base model
+    pub(crate) base: PathBuf,
+    /// Checkpoint folder of the fine-tune
+    pub(crate) fine_tune: PathBuf,
+    /// Folder of the artifact to write
+    #[arg(short, long)]
+    pub(crate) out: PathBuf,
+    /// Codec of the linear sites, as NAME or NAME:OPTION=VALUE,… (see `onebase codecs`)
+    #[arg(long, default_value = "rtn", value_parser = codec)]
+    pub(crate) codec: CodecSpec,
+    /// How embeddings and head are stored: `exact`, or a codec; the same codec unless given
+    #[arg(long, value_parser = tables)]
+    pub(crate) embeddings: Option<TablePlan>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct InspectArgs {
+    /// Folder of the artifact
+    pub(crate) artifact: PathBuf,
+    /// List every tensor
+    #[arg(long)]
+    pub(crate) tensors: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct VerifyArgs {
+    /// Checkpoint folder of the base model
+    pub(crate) base: PathBuf,
+    /// Folder of the artifact
+    pub(crate) artifact: PathBuf,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct RestoreArgs {
+    /// Checkpoint folder of the base model
+    pub(crate) base: PathBuf,
+    /// Folder of the artifact
+    pub(crate) artifact: PathBuf,
+    /// Checkpoint folder to write
+    #[arg(short, long)]
+    pub(crate) out: PathBuf,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct GenerateArgs {
+    /// Checkpoint folder of the base model
+    pub(crate) base: PathBuf,
+    /// A fine-tune to answer: NAME=ARTIFACT; may be given many times
+    #[arg(short, long = "delta", value_name = "NAME=ARTIFACT")]
+    pub(crate) deltas: Vec<NamedDelta>,
+    /// A prompt; may be given many times, each is answered by every model
+    #[arg(short, long = "prompt", required = true, value_name = "TEXT")]
+    pub(crate) prompts: Vec<String>,
+    /// Let the base answer too (without a delta it always does)
+    #[arg(long)]
+    pub(crate) with_base: bool,
+    /// A system message before each prompt
+    #[arg(long, conflicts_with = "raw")]
+    pub(crate) system: Option<String>,
+    /// Continue the prompt as plain text, without the chat template
+    #[arg(long)]
+    pub(crate) raw: bool,
+    /// Most tokens of an answer
+    #[arg(short = 'n', long, default_value_t = 256)]
+    pub(crate) max_new_tokens: usize,
+    /// Divides the logits; 0 takes the most likely token always
+    #[arg(short, long, default_value_t = 0.0, value_parser = temperature)]
+    pub(crate) temperature: f32,
+    /// Only the K most likely tokens; 0 for all
+    #[arg(long, default_value_t = 0, value_name = "K")]
+    pub(crate) top_k: usize,
+    /// Only the most likely tokens whose probabilities reach P
+    #[arg(long, default_value_t = 1.0, value_name = "P", value_parser = probability)]
+    pub(crate) top_p: f32,
+    /// Seed of the draws
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// A text that ends the answer; may be given many times
+    #[arg(long = "stop", value_name = "TEXT")]
+    pub(crate) stop: Vec<String>,
+    /// Sequences that are run together
+    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) batch_size: u16,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct DemoArgs {
+    /// The demo family's folder
+    #[arg(long, default_value = "demo")]
+    pub(crate) dir: PathBuf,
+    /// Keep the artifacts in this folder
+    #[arg(short, long)]
+    pub(crate) out: Option<PathBuf>,
+    /// Questions of each test
+    #[arg(long, default_value_t = 200)]
+    pub(crate) questions: usize,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct CompletionsArgs {
+    /// The shell
+    pub(crate) shell: clap_complete::Shell,
+}
+
+/// A delta and the name of the tenant it is for.
+#[derive(Clone, Debug)]
+pub(crate) struct NamedDelta {
+    pub(crate) name: String,
+    pub(crate) artifact: PathBuf,
+}
+
+impl FromStr for NamedDelta {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once('=') {
+            Some((name, artifact)) if !name.is_empty() && !artifact.is_empty() => {
+                Ok(Self { name: name.to_owned(), artifact: artifact.into() })
+            }
+            _ => Err("expected NAME=ARTIFACT".to_owned()),
+        }
+    }
+}
+
+/// A codec's complaint with its hint, for clap to print.
+fn with_hint(error: &onebase_codec::Error) -> String {
+    match error.hint() {
+        Some(hint) => format!("{error}; {hint}"),
+        None => error.to_string(),
+    }
+}
+
+fn codec(text: &str) -> Result<CodecSpec, String> {
+    text.parse().map_err(|e| with_hint(&e))
+}
+
+fn tables(text: &str) -> Result<TablePlan, String> {
+    text.parse().map_err(|e| with_hint(&e))
+}
+
+fn temperature(text: &str) -> Result<f32, String> {
+    let value = text.parse().map_err(|_| "expected a number".to_owned())?;
+    if (0.0..=100.0).contains(&value) { Ok(value) } else { Err("expected 0 to 100".to_owned()) }
+}
+
+fn probability(text: &str) -> Result<f32, String> {
+    let value = text.parse().map_err(|_| "expected a number".to_owned())?;
+    if value > 0.0 && value <= 1.0 {
+        Ok(value)
+    } else {
+        Err("expected a number above 0, at most 1".to_owned())
+    }
+}

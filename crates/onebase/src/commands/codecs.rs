@@ -1,0 +1,40 @@
+use onebase_codec::CODECS;
+use serde_json::{Value, json};
+
+use crate::output::{Output, table};
+
+pub(crate) fn run(output: &Output) -> anyhow::Result<()> {
+    let codecs: Vec<Value> = CODECS
+        .iter()
+        .map(|codec| {
+            let options = codec.options().iter().map(|o| {
+                json!({
+                    "name": o.name,
+                    "doc": o.doc,
+                    "default": o.default_value(),
+                    "expected": o.expected(),
+                })
+            });
+            json!({
+                "name": codec.name(),
+                "version": codec.version(),
+                "summary": codec.summary(),
+                "options": options.collect::<Vec<_>>(),
+            })
+        })
+        .collect();
+    output.result(&json!({ "codecs": codecs }), || {
+        let mut rows = Vec::new();
+        for codec in CODECS {
+            let first = [codec.name(), "", "", codec.summary()];
+            rows.push(first.map(str::to_owned).to_vec());
+            for option in codec.options() {
+                let default = option.default_value();
+                let default = default.as_str().map_or_else(|| default.to_string(), str::to_owned);
+                let values = format!("{} [{default}]", option.expected());
+                rows.push(vec![String::new(), option.name.into(), values, option.doc.into()]);
+            }
+        }
+        table(&["codec", "option", "values [default]", ""], 4, rows).to_string()
+    })
+}

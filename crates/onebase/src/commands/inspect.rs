@@ -1,0 +1,110 @@
+use std::collections::BTreeMap;
+
+use onebase_format::artifact::{Artifact, CodecRecord, Manifest, Sizes, Storage};
+use serde_json::{Value, json};
+
+use crate::args::InspectArgs;
+use crate::output::{Output, bytes, table};
+
+pub(crate) fn run(args: &InspectArgs, output: &Output) -> anyhow::Result<()> {
+    let artifact = Artifact::open(&args.artifact)?;
+    let (manifest, sizes) = (artifact.manifest(), artifact.sizes());
+    let mut object = json!({
+        "artifact": args.artifact,
+        "format_version": manifest.version,
+        "tool": manifest.tool,
+        "fine_tune": manifest.fine_tune,
+        "base": manifest.base,
+        "bytes": sizes.total_bytes,
+        "linear_bytes": sizes.linear_bytes,
+        "n_weights": sizes.n_weights_total,
+        "n_weights_linear": sizes.n_weights_linear,
+        "effective_bpw_linear": sizes.effective_bpw_linear(),
+        "effective_bpw_total": sizes.effective_bpw_total(),
+        "codecs": manifest.codecs,
+        "files": manifest.files,
+    });
+    if args.tensors {
+        object["tensors"] = serde_json::to_value(&manifest.tensors)?;
+    }
+    output.result(&object, || {
+        let mut text =
+            table(&["delta", &manifest.fine_tune], 2, summary_rows(manifest, &sizes)).to_string();
+        if args.tensors {
+            text.push('\n');
+            text.push_str(&tensor_table(manifest));
+        }
+        text
+    })
+}
+
+/// What people ask of an artifact first.
+pub(crate) fn summary_rows(manifest: &Manifest, sizes: &Sizes) -> Vec<Vec<String>> {
+    let digest = manifest.base.blake3.to_string();
+    let mut rows = vec![
+        ["base".to_owned(), format!("{} ({}…)", manifest.base.name, &digest[..12])],
+        [
+            "size on disk".to_owned(),
+            format!("{} ({} B)", bytes(sizes.total_bytes), sizes.total_bytes),
+        ],
+        [
+            "effective bits per weight".to_owned(),
+            format!(
+                "{:.3} linear sites, {:.3} whole fine-tune",
+                sizes.effective_bpw_linear(),
+                sizes.effective_bpw_total()
+            ),
+        ],
+    ];
+    let mut stored: BTreeMap<String, usize> = BTreeMap::new();
+    for tensor in manifest.tensors.values() {
+        let role = format!("{:?}", tensor.role).to_lowercase();
+        let how = stored_as(manifest, &tensor.storage);
+        *stored.entry(format!("{role}, {how}")).or_insert(0) += 1;
+    }
+    rows.extend(stored.into_iter().map(|(what, n)| [what, format!("{n} tensors")]));
+    rows.into_iter().map(Vec::from).collect()
+}
+
+fn stored_as(manifest: &Manifest, storage: &Storage) -> String {
+    match storage {
+        Storage::Unchanged => "unchanged".to_owned(),
+        Storage::Exact { .. } => "exact".to_owned(),
+        Storage::Codec { codec, added_rows, .. } => {
+            let mut text = describe(&manifest.codecs[*codec]);
+            if *added_rows > 0 {
+                text.push_str(&format!(" + {added_rows} exact rows"));
+            }
+            text
+        }
+    }
+}
+
+/// A codec as it is written on the command line.
+fn describe(codec: &CodecRecord) -> String {
+    let options: Vec<String> = codec
+        .options
+        .iter()
+        .map(|(name, value)| match value {
+            Value::String(word) => format!("{name}={word}"),
+            other => format!("{name}={other}"),
+        })
+        .collect();
+    if options.is_empty() {
+        return codec.name.clone();
+    }
+    format!("{}:{}", codec.name, options.join(","))
+}
+
+fn tensor_table(manifest: &Manifest) -> String {
+    let rows = manifest
+        .tensors
+        .iter()
+        .map(|(name, tensor)| {
+            let shape: Vec<String> = tensor.shape.iter().map(usize::to_string).collect();
+            let how = stored_as(manifest, &tensor.storage);
+            vec![name.clone(), how, tensor.dtype.clone(), shape.join("×")]
+        })
+        .collect();
+    table(&["tensor", "stored", "type", "shape"], 3, rows).to_string()
+}

@@ -1,0 +1,10 @@
+//! One file per command.
+
+pub(crate) mod codecs;
+pub(crate) mod completions;
+pub(crate) mod compress;
+pub(crate) mod demo;
+pub(crate) mod generate;
+pub(crate) mod inspect;
+pub(crate) mod restore;
+pub(crate) mod verify;

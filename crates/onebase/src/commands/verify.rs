@@ -1,0 +1,26 @@
+use onebase_compress::verify;
+use onebase_format::Checkpoint;
+use onebase_format::artifact::Artifact;
+use serde_json::json;
+
+use crate::args::VerifyArgs;
+use crate::output::{Bar, Output};
+
+pub(crate) fn run(args: &VerifyArgs, output: &Output) -> anyhow::Result<()> {
+    let base = Checkpoint::open(&args.base)?;
+    let artifact = Artifact::open(&args.artifact)?;
+    let bar = Bar::new("verifying");
+    let verified = verify(&base, &artifact, &bar)?;
+    bar.finish();
+    let object = json!({ "verified": true, "artifact": args.artifact, "checked": verified });
+    output.result(&object, || {
+        format!(
+            "{} is whole and belongs to {}: {} files, {} base tensors, {} deltas checked",
+            args.artifact.display(),
+            args.base.display(),
+            verified.n_files,
+            verified.n_base_tensors,
+            verified.n_deltas
+        )
+    })
+}

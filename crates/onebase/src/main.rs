@@ -1,0 +1,54 @@
+//! The program `onebase`.
+
+mod args;
+mod commands;
+mod output;
+mod tasks;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use onebase_kernels::Backend;
+
+use crate::args::{Args, Command};
+use crate::output::Output;
+
+/// Exit code of wrong use, as clap's.
+const WRONG_USE: u8 = 2;
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    if let Err(error) = Backend::from_env() {
+        eprintln!("error: {error}");
+        return ExitCode::from(WRONG_USE);
+    }
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(args.threads).build();
+    let result = match pool {
+        // The whole command runs inside the pool, so that handing out work never
+        // crosses from a thread outside it.
+        Ok(pool) => pool.install(|| run(args)),
+        Err(error) => Err(error.into()),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if output::is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            output::print_error(&error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: Args) -> anyhow::Result<()> {
+    let output = Output::new(args.json);
+    match args.command {
+        Command::Compress(args) => commands::compress::run(&args, &output),
+        Command::Inspect(args) => commands::inspect::run(&args, &output),
+        Command::Verify(args) => commands::verify::run(&args, &output),
+        Command::Restore(args) => commands::restore::run(&args, &output),
+        Command::Generate(args) => commands::generate::run(&args, &output),
+        Command::Demo(args) => commands::demo::run(&args, &output),
+        Command::Codecs => commands::codecs::run(&output),
+        Command::Completions(args) => commands::completions::run(&args, &output),
+    }
+}
