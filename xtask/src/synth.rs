@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use indicatif::{ProgressBar, ProgressStyle};
-use onebase_format::{CONFIG_FILE, StagedFolder, TensorWriter};
+use onebase_format::{CONFIG_FILE, StagedFolder, TensorEntry, TensorWriter};
 use onebase_tensor::DType;
 use rayon::prelude::*;
 
@@ -132,8 +132,9 @@ fn write_pair(out: &Path, options: &Options, progress: &dyn Fn(u64)) -> Result<(
     }
     for (file, tensors) in &shards {
         let [base, fine_tune] = &pair;
-        let mut writers =
-            [TensorWriter::create(&base.path(file))?, TensorWriter::create(&fine_tune.path(file))?];
+        let entries: Vec<TensorEntry> = tensors.iter().map(entry).collect();
+        let create = |folder: &StagedFolder| TensorWriter::create(&folder.path(file), &entries);
+        let mut writers = [create(base)?, create(fine_tune)?];
         for tensor in *tensors {
             write_tensor(&mut writers, tensor, options, progress)?;
         }
@@ -168,6 +169,10 @@ fn plan_shards(tensors: &[TensorSpec], max_shard_bytes: u64) -> Vec<(String, &[T
     runs.into_iter().enumerate().map(|(i, run)| (name(i), run)).collect()
 }
 
+fn entry(tensor: &TensorSpec) -> TensorEntry {
+    TensorEntry { name: tensor.name.clone(), dtype: DType::BF16, shape: tensor.shape.clone() }
+}
+
 /// Draws a tensor of both models by blocks of rows and writes it.
 fn write_tensor(
     writers: &mut [TensorWriter; 2],
@@ -178,9 +183,6 @@ fn write_tensor(
     let pairs = RowPairs::new(tensor, options);
     let row_bytes = pairs.n_cols() * DType::BF16.size_bytes();
     let block_rows = (BLOCK_WEIGHTS / pairs.n_cols()).max(1);
-    for writer in writers.iter_mut() {
-        writer.begin(&tensor.name, DType::BF16, &tensor.shape);
-    }
     let mut blocks = [Vec::new(), Vec::new()];
     for first_row in (0..pairs.n_rows()).step_by(block_rows) {
         let n_rows = block_rows.min(pairs.n_rows() - first_row);

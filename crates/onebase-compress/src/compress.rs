@@ -89,7 +89,7 @@ fn put_delta<'a>(
         version: codec.codec().version(),
         options: codec.options().to_json().clone(),
     };
-    writer.put_delta(origin(digest?), record, &delta, &added_rows)?;
+    writer.put_delta(origin(digest?), record, delta, &added_rows)?;
     Ok(())
 }
 

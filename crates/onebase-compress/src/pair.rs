@@ -1,3 +1,4 @@
+use std::cell::RefCell;
 use std::ops::Range;
 use std::path::Path;
 
@@ -99,16 +100,24 @@ impl DeltaSource for TensorDelta<'_> {
 
     fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) -> onebase_codec::Result<()> {
         let first = rows.start * self.shape[1];
-        let read = |tensor: &Tensor<'_>, out: &mut [f32]| {
-            read_widened(tensor, first * tensor.dtype().size_bytes(), out)
-                .map_err(|e| onebase_codec::Error::Source(Box::new(e)))
+        let n = out.len();
+        let read = |tensor: &Tensor<'_>, bytes: &mut Vec<u8>| {
+            let size = tensor.dtype().size_bytes();
+            bytes.resize(n * size, 0);
+            tensor.read(first * size, bytes).map_err(|e| onebase_codec::Error::Source(Box::new(e)))
         };
-        let mut base = vec![0.0; out.len()];
-        read(&self.base, &mut base)?;
-        read(&self.fine_tune, out)?;
-        for (weight, base) in out.iter_mut().zip(&base) {
-            *weight -= base;
-        }
-        Ok(())
+        BYTES.with_borrow_mut(|bytes| {
+            read(&self.fine_tune, bytes)?;
+            self.fine_tune.dtype().widen(bytes, out);
+            read(&self.base, bytes)?;
+            self.base.dtype().subtract(bytes, out);
+            Ok(())
+        })
     }
+}
+
+thread_local! {
+    /// A block's bytes: reading is most of the work, clearing a new buffer for
+    /// each block would add to it.
+    static BYTES: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }

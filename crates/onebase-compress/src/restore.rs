@@ -2,7 +2,9 @@ use std::path::Path;
 
 use onebase_codec::DeltaLinear;
 use onebase_format::artifact::{Artifact, Storage};
-use onebase_format::{CONFIG_FILE, Checkpoint, SIDE_FILES, StagedFolder, Tensor, TensorWriter};
+use onebase_format::{
+    CONFIG_FILE, Checkpoint, SIDE_FILES, StagedFolder, Tensor, TensorEntry, TensorWriter,
+};
 use onebase_model::TensorSpec;
 use onebase_tensor::DType;
 use rayon::prelude::*;
@@ -37,29 +39,31 @@ pub fn restore(
     artifact.check_files()?;
     artifact.check_base(base)?;
     let specs = fine_tune_specs(base, artifact)?;
-    let mut sizes = Vec::new();
-    for spec in &specs {
-        sizes.push(size_bytes(spec, dtype(artifact, spec)?));
+    let mut entries = Vec::new();
+    for TensorSpec { name, shape, .. } in &specs {
+        let dtype = dtype(artifact, name)?;
+        entries.push(TensorEntry { name: name.clone(), dtype, shape: shape.clone() });
     }
-    progress.begin(sizes.iter().sum());
-    let shards = split(&sizes);
+    let total: u64 = entries.iter().map(|e| e.size_bytes() as u64).sum();
+    progress.begin(total);
+    let shards = split(&entries);
     let mut weight_map = Map::new();
     for (index, shard) in shards.iter().enumerate() {
         let name = match shards.len() {
             1 => "model.safetensors".to_owned(),
             n => format!("model-{:05}-of-{n:05}.safetensors", index + 1),
         };
-        let mut writer = TensorWriter::create(&folder.path(&name))?;
-        for (spec, size) in specs[shard.clone()].iter().zip(&sizes[shard.clone()]) {
-            progress.tensor(&spec.name);
-            write_tensor(base, artifact, spec, &mut writer)?;
-            weight_map.insert(spec.name.clone(), Value::from(name.as_str()));
-            progress.advance(*size);
+        let entries = &entries[shard.clone()];
+        let mut writer = TensorWriter::create(&folder.path(&name), entries)?;
+        for entry in entries {
+            progress.tensor(&entry.name);
+            write_tensor(base, artifact, entry, &mut writer)?;
+            weight_map.insert(entry.name.clone(), Value::from(name.as_str()));
+            progress.advance(entry.size_bytes() as u64);
         }
         writer.finish()?;
     }
     if shards.len() > 1 {
-        let total: u64 = sizes.iter().sum();
         let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
         folder.write("model.safetensors.index.json", format!("{index:#}\n").as_bytes())?;
     }
@@ -71,22 +75,19 @@ pub fn restore(
     Ok(folder.commit()?)
 }
 
-fn dtype(artifact: &Artifact, spec: &TensorSpec) -> Result<DType> {
-    match artifact.record(&spec.name)?.dtype.parse() {
+fn dtype(artifact: &Artifact, tensor: &str) -> Result<DType> {
+    match artifact.record(tensor)?.dtype.parse() {
         Ok(dtype) => Ok(dtype),
         Err(_) => unreachable!("the type was checked when the artifact was opened"),
     }
 }
 
-fn size_bytes(spec: &TensorSpec, dtype: DType) -> u64 {
-    (spec.shape.iter().product::<usize>() * dtype.size_bytes()) as u64
-}
-
 /// Runs of consecutive tensors that fill a shard each.
-fn split(sizes: &[u64]) -> Vec<std::ops::Range<usize>> {
+fn split(entries: &[TensorEntry]) -> Vec<std::ops::Range<usize>> {
     let mut shards: Vec<std::ops::Range<usize>> = Vec::new();
     let mut bytes = 0;
-    for (index, size) in sizes.iter().enumerate() {
+    for (index, entry) in entries.iter().enumerate() {
+        let size = entry.size_bytes() as u64;
         match shards.last_mut() {
             Some(shard) if bytes + size <= SHARD_BYTES => shard.end = index + 1,
             _ => {
@@ -102,13 +103,11 @@ fn split(sizes: &[u64]) -> Vec<std::ops::Range<usize>> {
 fn write_tensor(
     base: &Checkpoint,
     artifact: &Artifact,
-    spec: &TensorSpec,
+    TensorEntry { name, dtype, .. }: &TensorEntry,
     writer: &mut TensorWriter,
 ) -> Result<()> {
-    let base = base.tensor(&spec.name)?;
-    let dtype = dtype(artifact, spec)?;
-    writer.begin(&spec.name, dtype, &spec.shape);
-    match &artifact.record(&spec.name)?.storage {
+    let base = base.tensor(name)?;
+    match &artifact.record(name)?.storage {
         Storage::Unchanged => {
             let mut block = Vec::new();
             for offset in (0..base.size_bytes()).step_by(BLOCK_WEIGHTS) {
@@ -118,15 +117,15 @@ fn write_tensor(
             }
         }
         Storage::Exact { .. } => {
-            if let Some(tensor) = artifact.exact(&spec.name)? {
+            if let Some(tensor) = artifact.exact(name)? {
                 writer.write(&tensor.bytes)?;
             }
         }
         Storage::Codec { .. } => {
-            if let Some(delta) = prepared(artifact, &spec.name)? {
-                write_sum(base, &*delta, dtype, writer)?;
+            if let Some(delta) = prepared(artifact, name)? {
+                write_sum(base, &*delta, *dtype, writer)?;
             }
-            if let Some(rows) = artifact.added_rows(&spec.name)? {
+            if let Some(rows) = artifact.added_rows(name)? {
                 writer.write(&rows.bytes)?;
             }
         }

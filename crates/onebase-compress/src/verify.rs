@@ -1,6 +1,6 @@
 use onebase_codec::{CodecSpec, DeltaLinear};
 use onebase_format::Checkpoint;
-use onebase_format::artifact::{Artifact, Storage};
+use onebase_format::artifact::{Artifact, MANIFEST_FILE, Storage};
 use onebase_model::{ModelConfig, TensorSpec};
 use rayon::prelude::*;
 use serde::Serialize;
@@ -21,9 +21,9 @@ pub struct Verified {
     pub n_deltas: usize,
 }
 
-/// Checks an artifact against its base: every file, the digest of every base
-/// tensor, every tensor's shape against the architecture, and that every delta
-/// decodes to finite numbers.
+/// Checks an artifact against its base: every file, its own and the base's that
+/// it inherits, the digest of every base tensor, every tensor's shape against the
+/// architecture, and that every delta decodes to finite numbers.
 ///
 /// # Errors
 /// When something is not as it was written.
@@ -32,6 +32,10 @@ pub fn verify(base: &Checkpoint, artifact: &Artifact, progress: &dyn Progress) -
     artifact.check_files()?;
     artifact.check_base(base)?;
     let specs = fine_tune_specs(base, artifact)?;
+    let manifest = artifact.manifest();
+    for name in manifest.inherited.keys() {
+        artifact.side_file(base, name)?;
+    }
     let mut n_deltas = 0;
     for spec in &specs {
         progress.tensor(&spec.name);
@@ -41,8 +45,8 @@ pub fn verify(base: &Checkpoint, artifact: &Artifact, progress: &dyn Progress) -
         }
         progress.advance(base.tensor(&spec.name)?.size_bytes() as u64);
     }
-    let manifest = artifact.manifest();
-    let (n_files, n_base_tensors) = (manifest.files.len(), manifest.tensors.len());
+    let n_files = manifest.files.len() + manifest.inherited.len();
+    let n_base_tensors = manifest.tensors.len();
     Ok(Verified { n_files, n_base_tensors, n_deltas })
 }
 
@@ -52,8 +56,9 @@ pub(crate) fn fine_tune_specs(base: &Checkpoint, artifact: &Artifact) -> Result<
     ModelConfig::from_json(base.config(), base.dir())?.check_fine_tune(&config, artifact.dir())?;
     let specs = onebase_model::tensor_specs(&config);
     for spec in &specs {
-        let record = artifact.record(&spec.name)?;
-        let base_shape = base.tensor(&spec.name)?.shape();
+        let record = artifact.record_for(&spec.name, spec.role)?;
+        let tensor = base.tensor(&spec.name)?;
+        let base_shape = tensor.shape();
         let covered = match &record.storage {
             Storage::Codec { added_rows, .. } => {
                 vec![record.shape[0] - added_rows, record.shape[1]]
@@ -70,6 +75,14 @@ pub(crate) fn fine_tune_specs(base: &Checkpoint, artifact: &Artifact) -> Result<
                     got: got.clone(),
                 }));
             }
+        }
+        if record.storage == Storage::Unchanged && record.dtype != tensor.dtype().name() {
+            let (expected, got) = (tensor.dtype(), &record.dtype);
+            return Err(Error::Format(onebase_format::Error::Manifest {
+                path: artifact.dir().join(MANIFEST_FILE),
+                entry: spec.name.clone(),
+                problem: format!("unchanged, expected the base's type {expected}, got {got}"),
+            }));
         }
     }
     Ok(specs)

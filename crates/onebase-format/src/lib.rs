@@ -11,12 +11,14 @@ mod digest;
 mod error;
 mod map;
 mod safetensors_file;
+mod tensor_writer;
 
 pub use atomic::StagedFolder;
 pub use checkpoint::{CONFIG_FILE, Checkpoint, SIDE_FILES, Tensor};
 pub use digest::Digest;
 pub use error::Error;
-pub use safetensors_file::{MappedBytes, TensorHeader, TensorWriter};
+pub use safetensors_file::{MappedBytes, TensorHeader};
+pub use tensor_writer::{TensorEntry, TensorWriter};
 
 /// The result of this crate's operations.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

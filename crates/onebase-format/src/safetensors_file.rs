@@ -1,14 +1,13 @@
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{Read, Seek, Write};
+use std::io::Read;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use memmap2::Mmap;
-use onebase_tensor::DType;
-use safetensors::SafeTensors;
-use safetensors::tensor::{Metadata, TensorInfo};
+use safetensors::tensor::Metadata;
+use safetensors::{SafeTensorError, SafeTensors};
 
 use crate::error::Error;
 use crate::map::map;
@@ -63,8 +62,8 @@ impl SafetensorsFile {
     pub(crate) fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(Error::io("open", path))?;
         let map = map(&file).map_err(Error::io("map", path))?;
-        let (header_bytes, metadata) = SafeTensors::read_metadata(&map)
-            .map_err(|source| Error::Header { path: path.to_owned(), source })?;
+        let (header_bytes, metadata) =
+            read_header(&map).map_err(|source| Error::Header { path: path.to_owned(), source })?;
         let tensors = metadata
             .tensors()
             .into_iter()
@@ -104,6 +103,25 @@ impl SafetensorsFile {
     }
 }
 
+/// The length of a file's header and what it says, checked to cover the file.
+///
+/// `SafeTensors::read_metadata` overflows where tensors end near `usize::MAX`, so
+/// it is only asked what is wrong with a header that is refused before that.
+fn read_header(file: &[u8]) -> std::result::Result<(usize, Metadata), SafeTensorError> {
+    const MAX_HEADER_BYTES: usize = 100_000_000;
+    let header = file.split_first_chunk().and_then(|(len, rest)| {
+        let len = usize::try_from(u64::from_le_bytes(*len)).ok()?;
+        rest.get(..len).filter(|_| len <= MAX_HEADER_BYTES)
+    });
+    match header.map(|header| (header.len(), serde_json::from_slice::<Metadata>(header))) {
+        Some((len, Ok(metadata))) if metadata.data_len() == file.len() - 8 - len => {
+            Ok((len, metadata))
+        }
+        Some((_, Ok(_))) => Err(SafeTensorError::MetadataIncompleteBuffer),
+        _ => SafeTensors::read_metadata(file),
+    }
+}
+
 #[cfg(unix)]
 fn read_exact_at(file: &File, out: &mut [u8], at: u64) -> std::io::Result<()> {
     std::os::unix::fs::FileExt::read_exact_at(file, out, at)
@@ -120,138 +138,6 @@ fn read_exact_at(file: &File, mut out: &mut [u8], mut at: u64) -> std::io::Resul
         at += n as u64;
     }
     Ok(())
-}
-
-/// Writes a safetensors file tensor by tensor, in bounded memory.
-///
-/// The header comes first in the file but is known last, so the data goes to a
-/// second file beside it until [`TensorWriter::finish`]. Tensors stand in the
-/// order in which they were written; the header is padded so that the data
-/// starts at a multiple of 64 bytes.
-#[derive(Debug)]
-pub struct TensorWriter {
-    path: PathBuf,
-    data_path: PathBuf,
-    data: std::io::BufWriter<File>,
-    written: usize,
-    tensors: Vec<(String, TensorInfo)>,
-    open: Option<usize>,
-}
-
-impl TensorWriter {
-    /// Starts the file `path`.
-    ///
-    /// # Errors
-    /// When it cannot be created.
-    pub fn create(path: &Path) -> Result<Self> {
-        let mut data_path = path.as_os_str().to_owned();
-        data_path.push(".data");
-        let data_path = PathBuf::from(data_path);
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .open(&data_path)
-            .map_err(Error::io("create", &data_path))?;
-        Ok(Self {
-            path: path.to_owned(),
-            data_path,
-            data: std::io::BufWriter::with_capacity(1 << 20, file),
-            written: 0,
-            tensors: Vec::new(),
-            open: None,
-        })
-    }
-
-    /// Bytes of data so far.
-    pub fn size_bytes(&self) -> usize {
-        self.written
-    }
-
-    /// Whether no tensor was begun.
-    pub fn is_empty(&self) -> bool {
-        self.tensors.is_empty()
-    }
-
-    /// Begins a tensor whose data follows by [`TensorWriter::write`].
-    ///
-    /// Panics when the one before it is incomplete.
-    pub fn begin(&mut self, name: &str, dtype: DType, shape: &[usize]) {
-        self.end();
-        let count: usize = shape.iter().product();
-        let info = TensorInfo {
-            dtype: match dtype {
-                DType::U8 => safetensors::Dtype::U8,
-                DType::F16 => safetensors::Dtype::F16,
-                DType::BF16 => safetensors::Dtype::BF16,
-                DType::F32 => safetensors::Dtype::F32,
-            },
-            shape: shape.to_vec(),
-            data_offsets: (self.written, self.written + count * dtype.size_bytes()),
-        };
-        self.open = Some(info.data_offsets.1);
-        self.tensors.push((name.to_owned(), info));
-    }
-
-    /// Appends data of the tensor that was begun.
-    ///
-    /// # Errors
-    /// When it cannot be written.
-    pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        assert!(self.open.is_some_and(|end| self.written + bytes.len() <= end), "too much data");
-        self.data.write_all(bytes).map_err(Error::io("write", &self.data_path))?;
-        self.written += bytes.len();
-        Ok(())
-    }
-
-    fn end(&mut self) {
-        if let Some(end) = self.open.take() {
-            assert_eq!(self.written, end, "data of {:?}", self.tensors.last().map(|t| &t.0));
-        }
-    }
-
-    /// Writes the header before the data and closes the file; gives its length
-    /// and digest.
-    ///
-    /// # Errors
-    /// When it cannot be written.
-    pub fn finish(mut self) -> Result<(u64, Digest)> {
-        self.end();
-        let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-        let metadata = Metadata::new(Some(format), self.tensors)
-            .map_err(|source| Error::Header { path: self.path.clone(), source })?;
-        let mut header = serde_json::to_vec(&metadata)
-            .map_err(|source| Error::Json { path: self.path.clone(), source })?;
-        header.resize((8 + header.len()).next_multiple_of(64) - 8, b' ');
-
-        self.data.flush().map_err(Error::io("write", &self.data_path))?;
-        let mut data = self
-            .data
-            .into_inner()
-            .map_err(|e| Error::io("write", &self.data_path)(e.into_error()))?;
-        data.rewind().map_err(Error::io("read", &self.data_path))?;
-
-        let mut out = File::create_new(&self.path).map_err(Error::io("create", &self.path))?;
-        let mut hasher = blake3::Hasher::new();
-        let mut append = |bytes: &[u8]| {
-            hasher.update_rayon(bytes);
-            out.write_all(bytes).map_err(Error::io("write", &self.path))
-        };
-        append(&(header.len() as u64).to_le_bytes())?;
-        append(&header)?;
-        let mut block = vec![0; 1 << 20];
-        loop {
-            let n = data.read(&mut block).map_err(Error::io("read", &self.data_path))?;
-            if n == 0 {
-                break;
-            }
-            append(&block[..n])?;
-        }
-        out.sync_all().map_err(Error::io("write", &self.path))?;
-        drop(data);
-        std::fs::remove_file(&self.data_path).map_err(Error::io("remove", &self.data_path))?;
-        Ok(((8 + header.len() + self.written) as u64, Digest::finish(&hasher)))
-    }
 }
 
 /// The digest of a whole file.

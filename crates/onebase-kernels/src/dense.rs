@@ -123,7 +123,11 @@ impl<W: Stored> Dense<'_, W> {
             while k < whole {
                 let xs = load_rows::<V, B>(x.add(k), n);
                 for (r, acc) in acc.iter_mut().enumerate() {
-                    let wv: V = W::load(w.add(r * n + k));
+                    let at = w.add(r * n + k);
+                    if B == 1 {
+                        V::prefetch(at.wrapping_add(R * n).cast());
+                    }
+                    let wv: V = W::load(at);
                     for (a, xv) in acc.iter_mut().zip(xs) {
                         *a = wv.mul_add(xv, *a);
                     }

@@ -47,6 +47,50 @@ impl Backend {
     }
 }
 
+impl Backend {
+    /// Packs the signs of a row, a bit set where the weight is positive, and
+    /// returns the sum of magnitudes. `bits` has [`plane_bytes`] for the row and
+    /// is overwritten. Neither depends on the backend.
+    ///
+    /// Panics when `bits` has another length.
+    pub fn pack_signs(self, row: &[f32], bits: &mut [u8]) -> f64 {
+        assert_eq!(bits.len(), plane_bytes(row.len()), "sign bits");
+        // SAFETY: the kernel reads whole vectors of the row and a buffer.
+        unsafe { self.run(Pack { row, bits }) }
+    }
+}
+
+struct Pack<'a> {
+    row: &'a [f32],
+    bits: &'a mut [u8],
+}
+
+impl Kernel for Pack<'_> {
+    type Output = f64;
+
+    #[inline(always)]
+    unsafe fn run<V: Lanes>(self) -> f64 {
+        let mut sums = [0.0f64; LANES];
+        for (chunk, bits) in self.row.chunks(LANES).zip(self.bits.chunks_exact_mut(2)) {
+            let mut tail = [0.0; LANES];
+            let lanes: &[f32; LANES] = match chunk.try_into() {
+                Ok(whole) => whole,
+                Err(_) => {
+                    tail[..chunk.len()].copy_from_slice(chunk);
+                    &tail
+                }
+            };
+            // SAFETY: the array has a vector's length.
+            let positive = unsafe { V::load(lanes.as_ptr()).positive() };
+            bits.copy_from_slice(&positive.to_le_bytes());
+            for (sum, w) in sums.iter_mut().zip(lanes) {
+                *sum += f64::from(w.abs());
+            }
+        }
+        sums.iter().sum()
+    }
+}
+
 /// The sum of a row in the order of the lanes.
 struct Sum<'a>(&'a [f32]);
 

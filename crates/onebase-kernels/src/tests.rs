@@ -107,6 +107,27 @@ fn sign_equals_the_oracle() {
 }
 
 #[test]
+fn packed_signs_and_magnitudes_are_exact_on_every_backend() {
+    for n in [0, 1, 15, 16, 17, 300] {
+        let mut row = random("w", n);
+        row.iter_mut().step_by(5).for_each(|w| *w = 0.0);
+        let want_sum: f64 = row.iter().map(|w| f64::from(w.abs())).sum();
+        let mut want = vec![0u8; plane_bytes(n)];
+        for (k, w) in row.iter().enumerate() {
+            want[k / 8] |= u8::from(*w > 0.0) << (k % 8);
+        }
+        let mut first = None;
+        for backend in Backend::available() {
+            let mut bits = vec![0xff; plane_bytes(n)];
+            let sum = backend.pack_signs(&row, &mut bits);
+            assert_eq!(bits, want, "{} {n}", backend.name());
+            assert!((sum - want_sum).abs() <= 1e-12 * want_sum, "{} {n}", backend.name());
+            assert_eq!(*first.get_or_insert(sum), sum, "{} {n}", backend.name());
+        }
+    }
+}
+
+#[test]
 fn low_bit_equals_the_oracle_for_every_width() {
     for (out_features, in_features) in SHAPES {
         for bits in 1..=8usize {

@@ -25,10 +25,14 @@ pub(crate) trait Lanes: Copy {
     unsafe fn load_bf16(from: *const bf16) -> Self;
     unsafe fn load_f16(from: *const f16) -> Self;
     unsafe fn store(self, to: *mut f32);
+    /// Asks for the cache line at an address, which need not be readable.
+    unsafe fn prefetch(at: *const u8);
     /// `self * by + plus`.
     unsafe fn mul_add(self, by: Self, plus: Self) -> Self;
     /// Adds `value` in the lanes whose bit of `mask` is set.
     unsafe fn mask_add(self, mask: u16, value: Self) -> Self;
+    /// A bit for each lane that is greater than zero.
+    unsafe fn positive(self) -> u16;
     /// The sum of the lanes: `i` and `i + 8`, then `i + 4`, `i + 2`, `i + 1`.
     unsafe fn sum(self) -> f32;
 }
@@ -155,6 +159,9 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
+    unsafe fn prefetch(_: *const u8) {}
+
+    #[inline(always)]
     unsafe fn mul_add(self, by: Self, plus: Self) -> Self {
         // Not `f32::mul_add`: without the instruction that is a library call.
         Self(std::array::from_fn(|i| self.0[i] * by.0[i] + plus.0[i]))
@@ -163,6 +170,11 @@ impl Lanes for Portable {
     #[inline(always)]
     unsafe fn mask_add(self, mask: u16, value: Self) -> Self {
         Self(std::array::from_fn(|i| self.0[i] + if mask >> i & 1 == 1 { value.0[i] } else { 0.0 }))
+    }
+
+    #[inline(always)]
+    unsafe fn positive(self) -> u16 {
+        self.0.iter().enumerate().fold(0, |bits, (i, v)| bits | u16::from(*v > 0.0) << i)
     }
 
     #[inline(always)]

@@ -1,15 +1,18 @@
 //! The lanes in two AVX2 registers and in one AVX-512 register.
 
 use std::arch::x86_64::{
-    __m256, __m512, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_loadu_si128, _mm_movehl_ps,
-    _mm_shuffle_ps, _mm256_add_ps, _mm256_and_ps, _mm256_and_si256, _mm256_castps256_ps128,
-    _mm256_castsi256_ps, _mm256_cmpeq_epi32, _mm256_cvtepu16_epi32, _mm256_cvtph_ps,
-    _mm256_extractf128_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_set1_epi32,
-    _mm256_set1_ps, _mm256_setr_epi32, _mm256_slli_epi32, _mm256_storeu_ps, _mm512_castps512_ps256,
-    _mm512_castsi512_ps, _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_extractf32x8_ps,
-    _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_add_ps, _mm512_set1_ps, _mm512_slli_epi32,
-    _mm512_storeu_ps,
+    __m256, __m512, _CMP_GT_OQ, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_loadu_si128,
+    _mm_movehl_ps, _mm_shuffle_ps, _mm256_add_ps, _mm256_and_ps, _mm256_and_si256,
+    _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_cmp_ps, _mm256_cmpeq_epi32,
+    _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_extractf128_ps, _mm256_fmadd_ps,
+    _mm256_loadu_ps, _mm256_loadu_si256, _mm256_movemask_ps, _mm256_set1_epi32, _mm256_set1_ps,
+    _mm256_setr_epi32, _mm256_setzero_ps, _mm256_slli_epi32, _mm256_storeu_ps,
+    _mm512_castps512_ps256, _mm512_castsi512_ps, _mm512_cmp_ps_mask, _mm512_cvtepu16_epi32,
+    _mm512_cvtph_ps, _mm512_extractf32x8_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_add_ps,
+    _mm512_set1_ps, _mm512_setzero_ps, _mm512_slli_epi32, _mm512_storeu_ps,
 };
+
+use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
 
 use half::{bf16, f16};
 
@@ -116,6 +119,11 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn prefetch(at: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    }
+
+    #[inline(always)]
     unsafe fn mul_add(self, by: Self, plus: Self) -> Self {
         unsafe {
             Self(_mm256_fmadd_ps(self.0, by.0, plus.0), _mm256_fmadd_ps(self.1, by.1, plus.1))
@@ -134,6 +142,20 @@ impl Lanes for Avx2 {
                 _mm256_add_ps(self.0, _mm256_and_ps(_mm256_castsi256_ps(low), value.0)),
                 _mm256_add_ps(self.1, _mm256_and_ps(_mm256_castsi256_ps(high), value.1)),
             )
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn positive(self) -> u16 {
+        unsafe {
+            let zero = _mm256_setzero_ps();
+            let low = _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(self.0, zero));
+            let high = _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(self.1, zero));
+            // Eight bits each.
+            #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+            {
+                (low | high << 8) as u16
+            }
         }
     }
 
@@ -179,6 +201,11 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
+    unsafe fn prefetch(at: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    }
+
+    #[inline(always)]
     unsafe fn mul_add(self, by: Self, plus: Self) -> Self {
         unsafe { Self(_mm512_fmadd_ps(self.0, by.0, plus.0)) }
     }
@@ -186,6 +213,11 @@ impl Lanes for Avx512 {
     #[inline(always)]
     unsafe fn mask_add(self, mask: u16, value: Self) -> Self {
         unsafe { Self(_mm512_mask_add_ps(self.0, mask, self.0, value.0)) }
+    }
+
+    #[inline(always)]
+    unsafe fn positive(self) -> u16 {
+        unsafe { _mm512_cmp_ps_mask::<_CMP_GT_OQ>(self.0, _mm512_setzero_ps()) }
     }
 
     #[inline(always)]

@@ -103,24 +103,29 @@ impl Loader for TenantLoader<'_> {
 
     fn linear(&mut self, module: &str, shape: [usize; 2], bias: bool) -> Result<SiteDelta> {
         let weight = format!("{module}.weight");
-        self.check_shape(&weight, &shape, &self.artifact.record(&weight)?.shape)?;
+        let record = self.artifact.record_for(&weight, Role::Linear)?;
+        self.check_shape(&weight, &shape, &record.shape)?;
         let delta = self.delta(&weight, shape)?;
         let bias = if bias { self.vector(&format!("{module}.bias"), shape[0])? } else { None };
         Ok(SiteDelta { delta, bias })
     }
 
     fn vector(&mut self, name: &str, len: usize) -> Result<Option<Vec<f32>>> {
-        self.check_shape(name, &[len], &self.artifact.record(name)?.shape)?;
+        let record = self.artifact.record_for(name, Role::Vector)?;
+        self.check_shape(name, &[len], &record.shape)?;
         let wide = self.artifact.exact(name)?.map(|tensor| tensor.widen());
         self.resident_bytes += wide.as_ref().map_or(0, |v| size_of_val(v.as_slice()));
         Ok(wide)
     }
 
-    fn table(&mut self, name: &str, _: Role, shape: [usize; 2]) -> Result<TableDelta> {
-        let record = self.artifact.record(name)?;
+    fn table(&mut self, name: &str, role: Role, shape: [usize; 2]) -> Result<TableDelta> {
+        let record = self.artifact.record_for(name, role)?;
         self.check_shape(name, &shape, &record.shape)?;
         let table = match &record.storage {
-            Storage::Unchanged => TableDelta::Unchanged,
+            Storage::Unchanged => {
+                self.check_shape(name, &[self.base_rows, shape[1]], &record.shape)?;
+                TableDelta::Unchanged
+            }
             Storage::Exact { .. } => match self.artifact.exact(name)? {
                 Some(tensor) => TableDelta::Exact(Weight::exact(&tensor)),
                 None => unreachable!("the record says it is exact"),

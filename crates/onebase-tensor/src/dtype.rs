@@ -47,26 +47,37 @@ impl DType {
     /// `bytes` holds exactly `out.len()` elements. Codes (`U8`) widen to their
     /// integer value.
     pub fn widen(self, bytes: &[u8], out: &mut [f32]) {
-        assert_eq!(bytes.len(), out.len() * self.size_bytes(), "length of {self} data");
+        self.for_each(bytes, out, |out, w| *out = w);
+    }
+
+    /// Subtracts little-endian elements, widened to f32, one from one.
+    ///
+    /// `bytes` holds exactly `from.len()` elements.
+    pub fn subtract(self, bytes: &[u8], from: &mut [f32]) {
+        self.for_each(bytes, from, |from, w| *from -= w);
+    }
+
+    fn for_each(self, bytes: &[u8], values: &mut [f32], apply: impl Fn(&mut f32, f32)) {
+        assert_eq!(bytes.len(), values.len() * self.size_bytes(), "length of {self} data");
         match self {
             DType::U8 => {
-                for (o, b) in out.iter_mut().zip(bytes) {
-                    *o = f32::from(*b);
+                for (v, b) in values.iter_mut().zip(bytes) {
+                    apply(v, f32::from(*b));
                 }
             }
             DType::F16 => {
-                for (o, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
-                    *o = half::f16::from_le_bytes([b[0], b[1]]).to_f32();
+                for (v, b) in values.iter_mut().zip(bytes.chunks_exact(2)) {
+                    apply(v, half::f16::from_le_bytes([b[0], b[1]]).to_f32());
                 }
             }
             DType::BF16 => {
-                for (o, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
-                    *o = f32::from_bits(u32::from(u16::from_le_bytes([b[0], b[1]])) << 16);
+                for (v, b) in values.iter_mut().zip(bytes.chunks_exact(2)) {
+                    apply(v, f32::from_bits(u32::from(u16::from_le_bytes([b[0], b[1]])) << 16));
                 }
             }
             DType::F32 => {
-                for (o, b) in out.iter_mut().zip(bytes.chunks_exact(4)) {
-                    *o = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+                for (v, b) in values.iter_mut().zip(bytes.chunks_exact(4)) {
+                    apply(v, f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
                 }
             }
         }

@@ -1,3 +1,4 @@
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
 
@@ -64,14 +65,23 @@ impl PartData {
         self.len() == 0
     }
 
-    /// Little-endian bytes of all elements.
-    pub fn to_le_bytes(&self) -> Vec<u8> {
-        match self {
+    /// Little-endian bytes of all elements; a copy only where the machine is not
+    /// little-endian.
+    pub fn to_le_bytes(&self) -> Cow<'_, [u8]> {
+        if cfg!(target_endian = "little") {
+            return Cow::Borrowed(match self {
+                PartData::U8(v) => v,
+                PartData::F16(v) => bytemuck::cast_slice(v),
+                PartData::BF16(v) => bytemuck::cast_slice(v),
+                PartData::F32(v) => bytemuck::cast_slice(v),
+            });
+        }
+        Cow::Owned(match self {
             PartData::U8(v) => v.clone(),
             PartData::F16(v) => v.iter().flat_map(|x| x.to_le_bytes()).collect(),
             PartData::BF16(v) => v.iter().flat_map(|x| x.to_le_bytes()).collect(),
             PartData::F32(v) => v.iter().flat_map(|x| x.to_le_bytes()).collect(),
-        }
+        })
     }
 }
 
@@ -328,7 +338,7 @@ mod tests {
             let bytes: Vec<u8> = (0..8).collect();
             let data = PartData::from_le_bytes(dtype, &bytes).unwrap();
             assert_eq!(data.dtype(), dtype);
-            assert_eq!(data.to_le_bytes(), bytes);
+            assert_eq!(*data.to_le_bytes(), bytes);
         }
         assert_eq!(PartData::from_le_bytes(DType::F32, &[0; 6]), None);
     }

@@ -44,17 +44,13 @@ impl Codec for Sign {
     fn encode(&self, options: &Options, delta: &dyn DeltaSource) -> Result<EncodedDelta> {
         let shape @ [n_rows, n_cols] = delta.shape();
         let plane = plane_bytes(n_cols);
+        let backend = Backend::active();
         let mut bits = vec![0; n_rows * plane];
         let mut sums = vec![0.0; n_rows];
         for_each_block(delta, (&mut bits, plane), (&mut sums, 1), |block, bits, sums| {
             let rows = block.data().chunks(n_cols).zip(bits.chunks_mut(plane));
             for ((row, bits), sum) in rows.zip(sums) {
-                for (byte, weights) in bits.iter_mut().zip(row.chunks(8)) {
-                    for (bit, w) in weights.iter().enumerate() {
-                        *byte |= u8::from(*w > 0.0) << bit;
-                    }
-                }
-                *sum = row.iter().map(|w| f64::from(w.abs())).sum::<f64>();
+                *sum = backend.pack_signs(row, bits);
             }
         })?;
         #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation)]

@@ -41,12 +41,13 @@ impl Sizes {
     /// The sizes of a folder with this manifest, where the files that the
     /// manifest does not list have `other_bytes`.
     pub(super) fn new(manifest: &Manifest, other_bytes: u64) -> Self {
+        // A manifest is read before its shapes are checked against anything.
         let count = |linear_only: bool| {
             let tensors = manifest.tensors.values();
             tensors
                 .filter(|t| !linear_only || t.role == Role::Linear)
-                .map(|t| t.shape.iter().product::<usize>() as u64)
-                .sum()
+                .map(|t| t.shape.iter().fold(1, |n: u64, d| n.saturating_mul(*d as u64)))
+                .fold(0, u64::saturating_add)
         };
         let listed: u64 = manifest.files.values().map(|f| f.bytes).sum();
         let linear = manifest.files.iter().filter(|(name, _)| name.starts_with("linear-"));
@@ -106,6 +107,9 @@ impl Artifact {
         }
         let manifest = read_manifest(&path)?;
         let mut files = BTreeMap::new();
+        for name in manifest.inherited.keys() {
+            plain_name(&path, name)?;
+        }
         for (name, record) in &manifest.files {
             let file = dir.join(plain_name(&path, name)?);
             let metadata = std::fs::metadata(&file).map_err(Error::io("read", &file))?;
@@ -144,6 +148,9 @@ impl Artifact {
         }
         match &record.storage {
             Storage::Unchanged => {}
+            Storage::Exact { .. } if record.role == Role::Linear => {
+                return Err(self.bad(tensor, "a linear site, expected a delta, got exact".into()));
+            }
             Storage::Exact { file } => {
                 let header = self.file(tensor, file)?.header(tensor)?;
                 if header.dtype != record.dtype || header.shape != record.shape {
@@ -223,6 +230,18 @@ impl Artifact {
             path: self.dir.join(MANIFEST_FILE),
             tensor: tensor.to_owned(),
         })
+    }
+
+    /// The record of a tensor that the model uses for `role`.
+    ///
+    /// # Errors
+    /// When the fine-tune has no such tensor or it is for something else.
+    pub fn record_for(&self, tensor: &str, role: Role) -> Result<&TensorRecord> {
+        let record = self.record(tensor)?;
+        if record.role == role {
+            return Ok(record);
+        }
+        Err(self.bad(tensor, format!("expected role {role:?}, got {:?}", record.role)))
     }
 
     /// The encoded delta of a tensor and the codec that wrote it; `None` when

@@ -1,7 +1,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use onebase_tensor::{DType, EncodedDelta};
+use onebase_tensor::{DType, EncodedDelta, Part, PartData};
 
 use super::manifest::{
     ADDED_ROWS, BaseRecord, CodecRecord, FORMAT, FORMAT_VERSION, FileRecord, MANIFEST_FILE,
@@ -9,10 +9,11 @@ use super::manifest::{
 };
 use super::reader::Sizes;
 use crate::error::Error;
-use crate::{Digest, Result, StagedFolder, TensorWriter};
+use crate::{Digest, Result, StagedFolder, TensorEntry, TensorWriter};
 
-/// Data bytes after which a tensor file is closed and the next one begun.
-const FILE_BYTES: usize = 1 << 30;
+/// Data bytes after which a tensor file is written and the next one begun. Until
+/// then its parts are held, since the header before them names them all.
+const FILE_BYTES: usize = 1 << 28;
 
 /// What the fine-tune's tensor was, whatever way it is stored.
 #[derive(Clone, Copy, Debug)]
@@ -74,9 +75,9 @@ impl ArtifactWriter {
     /// # Errors
     /// When it cannot be written.
     pub fn put_exact(&mut self, origin: Origin<'_>, bytes: &[u8]) -> Result<()> {
-        let (file, writer) = self.rest.writer(&self.folder, &mut self.manifest.files)?;
-        writer.begin(origin.name, origin.dtype, origin.shape);
-        writer.write(bytes)?;
+        let part = part(origin.dtype, origin.shape, bytes);
+        let file = self.rest.file(&self.folder, &mut self.manifest.files)?;
+        self.rest.parts.push((origin.name.to_owned(), part));
         self.record(origin, Storage::Exact { file });
         Ok(())
     }
@@ -90,28 +91,27 @@ impl ArtifactWriter {
         &mut self,
         origin: Origin<'_>,
         codec: CodecRecord,
-        delta: &EncodedDelta,
+        delta: EncodedDelta,
         added_rows: &[u8],
     ) -> Result<()> {
-        let files = if origin.role == Role::Linear { &mut self.linear } else { &mut self.rest };
-        let (file, writer) = files.writer(&self.folder, &mut self.manifest.files)?;
-        for (part, data) in &delta.parts {
-            writer.begin(&part_name(origin.name, part), data.dtype(), data.shape());
-            writer.write(&data.data().to_le_bytes())?;
-        }
         let n_added = origin.shape[0] - delta.shape[0];
+        let names = delta.parts.keys().cloned().collect();
+        let mut parts: Vec<(String, Part)> = Vec::new();
+        parts.extend(delta.parts.into_iter().map(|(n, p)| (part_name(origin.name, &n), p)));
         if n_added > 0 {
             let shape = [n_added, delta.shape[1]];
-            writer.begin(&part_name(origin.name, ADDED_ROWS), origin.dtype, &shape);
-            writer.write(added_rows)?;
+            let rows = part(origin.dtype, &shape, added_rows);
+            parts.push((part_name(origin.name, ADDED_ROWS), rows));
         }
+        let files = if origin.role == Role::Linear { &mut self.linear } else { &mut self.rest };
+        let file = files.file(&self.folder, &mut self.manifest.files)?;
+        files.parts.append(&mut parts);
         let known = self.manifest.codecs.iter().position(|c| *c == codec);
         let codec = known.unwrap_or_else(|| {
             self.manifest.codecs.push(codec);
             self.manifest.codecs.len() - 1
         });
-        let parts = delta.parts.keys().cloned().collect();
-        self.record(origin, Storage::Codec { codec, file, parts, added_rows: n_added });
+        self.record(origin, Storage::Codec { codec, file, parts: names, added_rows: n_added });
         Ok(())
     }
 
@@ -152,8 +152,8 @@ impl ArtifactWriter {
         base_name: &str,
         model_card: impl Fn(&Manifest, &Sizes) -> String,
     ) -> Result<(Manifest, Sizes)> {
-        self.linear.close(&mut self.manifest.files)?;
-        self.rest.close(&mut self.manifest.files)?;
+        self.linear.close(&self.folder, &mut self.manifest.files)?;
+        self.rest.close(&self.folder, &mut self.manifest.files)?;
         let digests = self.manifest.tensors.iter().map(|(n, t)| (n.as_str(), t.base));
         self.manifest.base = BaseRecord::new(base_name, digests);
         let json = self
@@ -178,46 +178,69 @@ impl ArtifactWriter {
     }
 }
 
-/// A numbered sequence of tensor files.
+/// The bytes of a tensor of this shape as a part.
+///
+/// Panics when they are not as many: the caller read them from that tensor.
+fn part(dtype: DType, shape: &[usize], bytes: &[u8]) -> Part {
+    let data = PartData::from_le_bytes(dtype, bytes);
+    match data.and_then(|data| Part::new(shape.to_vec(), data)) {
+        Some(part) => part,
+        None => unreachable!("{} bytes for {dtype} {shape:?}", bytes.len()),
+    }
+}
+
+/// A numbered sequence of tensor files, the last one not yet written.
 #[derive(Debug)]
 struct Files {
     prefix: &'static str,
-    count: usize,
-    current: Option<(String, TensorWriter)>,
+    n_written: usize,
+    parts: Vec<(String, Part)>,
 }
 
 impl Files {
     fn new(prefix: &'static str) -> Self {
-        Self { prefix, count: 0, current: None }
+        Self { prefix, n_written: 0, parts: Vec::new() }
+    }
+
+    fn name(&self) -> String {
+        format!("{}-{:05}.safetensors", self.prefix, self.n_written + 1)
     }
 
     /// The file that the next tensor goes to.
-    fn writer(
+    fn file(
         &mut self,
         folder: &StagedFolder,
         files: &mut BTreeMap<String, FileRecord>,
-    ) -> Result<(String, &mut TensorWriter)> {
-        if self.current.as_ref().is_some_and(|(_, w)| w.size_bytes() >= FILE_BYTES) {
-            self.close(files)?;
+    ) -> Result<String> {
+        if self.parts.iter().map(|(_, p)| p.size_bytes()).sum::<usize>() >= FILE_BYTES {
+            self.close(folder, files)?;
         }
-        let (name, writer) = match self.current.take() {
-            Some(current) => current,
-            None => {
-                self.count += 1;
-                let name = format!("{}-{:05}.safetensors", self.prefix, self.count);
-                let writer = TensorWriter::create(&folder.path(&name))?;
-                (name, writer)
-            }
-        };
-        let (name, writer) = self.current.insert((name, writer));
-        Ok((name.clone(), writer))
+        Ok(self.name())
     }
 
-    fn close(&mut self, files: &mut BTreeMap<String, FileRecord>) -> Result<()> {
-        if let Some((name, writer)) = self.current.take() {
-            let (bytes, blake3) = writer.finish()?;
-            files.insert(name, FileRecord { bytes, blake3 });
+    /// Writes the parts that are held.
+    fn close(
+        &mut self,
+        folder: &StagedFolder,
+        files: &mut BTreeMap<String, FileRecord>,
+    ) -> Result<()> {
+        if self.parts.is_empty() {
+            return Ok(());
         }
+        let name = self.name();
+        let entry = |(name, part): &(String, Part)| TensorEntry {
+            name: name.clone(),
+            dtype: part.dtype(),
+            shape: part.shape().to_vec(),
+        };
+        let entries: Vec<TensorEntry> = self.parts.iter().map(entry).collect();
+        let mut writer = TensorWriter::create(&folder.path(&name), &entries)?;
+        for (_, part) in self.parts.drain(..) {
+            writer.write(&part.data().to_le_bytes())?;
+        }
+        let (bytes, blake3) = writer.finish()?;
+        files.insert(name, FileRecord { bytes, blake3 });
+        self.n_written += 1;
         Ok(())
     }
 }
