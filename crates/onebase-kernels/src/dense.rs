@@ -6,11 +6,8 @@ use onebase_tensor::{MatrixMut, MatrixRef, WeightRef};
 
 use crate::Backend;
 use crate::parallel::{Output, for_each_task};
+use crate::tiles::{Tiled, cover};
 use crate::vector::{Kernel, LANES, Lanes, Stored, load_rows, load_tails};
-
-/// Batch rows that are multiplied before the weights of a task are read again:
-/// their activations fit the second-level cache.
-const BATCH_BLOCK: usize = 64;
 
 impl Backend {
     /// `y += x Wᵀ`: `weight` is `[out_features, in_features]`, `x` is
@@ -56,58 +53,12 @@ impl<W: Stored> Kernel for Dense<'_, W> {
 
     #[inline(always)]
     unsafe fn run<V: Lanes>(self) {
-        let n_rows = self.x.n_rows();
-        // SAFETY: every tile lies within `outs` and `n_rows`.
-        unsafe {
-            if n_rows == 1 {
-                let mut out = self.outs.start;
-                while out + 8 <= self.outs.end {
-                    self.tile::<V, 8, 1>(out, 0);
-                    out += 8;
-                }
-                while out < self.outs.end {
-                    self.tile::<V, 1, 1>(out, 0);
-                    out += 1;
-                }
-                return;
-            }
-            let mut first = 0;
-            while first < n_rows {
-                let last = n_rows.min(first + BATCH_BLOCK);
-                let mut out = self.outs.start;
-                while out + 4 <= self.outs.end {
-                    self.strip::<V, 4>(out, first..last);
-                    out += 4;
-                }
-                while out < self.outs.end {
-                    self.strip::<V, 1>(out, first..last);
-                    out += 1;
-                }
-                first = last;
-            }
-        }
+        // SAFETY: `outs` and the rows are the product's.
+        unsafe { cover::<V, Self, 8, 4>(&self, self.outs.clone(), self.x.n_rows()) }
     }
 }
 
-impl<W: Stored> Dense<'_, W> {
-    /// `R` output features for a run of rows.
-    #[inline(always)]
-    unsafe fn strip<V: Lanes, const R: usize>(&self, out: usize, rows: Range<usize>) {
-        let mut row = rows.start;
-        // SAFETY: the caller's promise, tile by tile.
-        unsafe {
-            while row + 4 <= rows.end {
-                self.tile::<V, R, 4>(out, row);
-                row += 4;
-            }
-            while row < rows.end {
-                self.tile::<V, R, 1>(out, row);
-                row += 1;
-            }
-        }
-    }
-
-    /// `R` output features from `out` for `B` rows from `row`.
+impl<W: Stored> Tiled for Dense<'_, W> {
     #[inline(always)]
     unsafe fn tile<V: Lanes, const R: usize, const B: usize>(&self, out: usize, row: usize) {
         let n = self.in_features;

@@ -23,6 +23,7 @@ mod parallel;
 mod sign;
 #[cfg(test)]
 mod tests;
+mod tiles;
 mod vector;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;

@@ -7,6 +7,7 @@ use onebase_tensor::{MatrixMut, MatrixRef};
 
 use crate::Backend;
 use crate::parallel::{Output, for_each_task};
+use crate::tiles::{Tiled, cover};
 use crate::vector::{Kernel, LANES, Lanes, load_rows, load_tails, plane_bytes};
 
 /// Widest code.
@@ -78,33 +79,8 @@ impl<const BITS: usize> Kernel for Product<'_, BITS> {
 
     #[inline(always)]
     unsafe fn run<V: Lanes>(self) {
-        let n_rows = self.x.n_rows();
-        let mut out = self.outs.start;
-        // SAFETY: every tile lies within `outs` and `n_rows`.
-        unsafe {
-            while out < self.outs.end {
-                let wide = out + 4 <= self.outs.end;
-                let mut row = 0;
-                while row < n_rows {
-                    match (wide, row + 4 <= n_rows) {
-                        (true, true) => {
-                            self.tile::<V, 2, 4>(out, row);
-                            self.tile::<V, 2, 4>(out + 2, row);
-                            row += 4;
-                        }
-                        (true, false) => {
-                            self.tile::<V, 4, 1>(out, row);
-                            row += 1;
-                        }
-                        (false, _) => {
-                            self.tile::<V, 1, 1>(out, row);
-                            row += 1;
-                        }
-                    }
-                }
-                out += if wide { 4 } else { 1 };
-            }
-        }
+        // SAFETY: `outs` and the rows are the product's.
+        unsafe { cover::<V, Self, 4, 2>(&self, self.outs.clone(), self.x.n_rows()) }
     }
 }
 
@@ -150,8 +126,9 @@ impl<const BITS: usize> Product<'_, BITS> {
             }
         }
     }
+}
 
-    /// `R` output features from `out` for `B` rows from `row`.
+impl<const BITS: usize> Tiled for Product<'_, BITS> {
     #[inline(always)]
     unsafe fn tile<V: Lanes, const R: usize, const B: usize>(&self, out: usize, row: usize) {
         let LowBit { codes, scale, group_size, in_features: n, .. } = self.delta;

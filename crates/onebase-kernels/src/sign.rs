@@ -6,6 +6,7 @@ use onebase_tensor::{MatrixMut, MatrixRef};
 
 use crate::Backend;
 use crate::parallel::{Output, for_each_task};
+use crate::tiles::{Tiled, cover};
 use crate::vector::{Kernel, LANES, Lanes, load_rows, load_tails, plane_bytes};
 
 /// A sign matrix `[out_features, in_features]` with a scale per output feature:
@@ -127,38 +128,12 @@ impl Kernel for Product<'_> {
 
     #[inline(always)]
     unsafe fn run<V: Lanes>(self) {
-        let n_rows = self.x.n_rows();
-        let mut out = self.outs.start;
-        // SAFETY: every tile lies within `outs` and `n_rows`.
-        unsafe {
-            while out < self.outs.end {
-                let wide = out + 8 <= self.outs.end;
-                let mut row = 0;
-                while row < n_rows {
-                    match (wide, row + 4 <= n_rows) {
-                        (true, true) => {
-                            self.tile::<V, 4, 4>(out, row);
-                            self.tile::<V, 4, 4>(out + 4, row);
-                            row += 4;
-                        }
-                        (true, false) => {
-                            self.tile::<V, 8, 1>(out, row);
-                            row += 1;
-                        }
-                        (false, _) => {
-                            self.tile::<V, 1, 1>(out, row);
-                            row += 1;
-                        }
-                    }
-                }
-                out += if wide { 8 } else { 1 };
-            }
-        }
+        // SAFETY: `outs` and the rows are the product's.
+        unsafe { cover::<V, Self, 8, 4>(&self, self.outs.clone(), self.x.n_rows()) }
     }
 }
 
-impl Product<'_> {
-    /// `R` output features from `out` for `B` rows from `row`.
+impl Tiled for Product<'_> {
     #[inline(always)]
     unsafe fn tile<V: Lanes, const R: usize, const B: usize>(&self, out: usize, row: usize) {
         let n = self.delta.in_features;
