@@ -1,7 +1,7 @@
 //! The offline side: a base and a fine-tune to an artifact, and back.
 //!
 //! Tensors are read by blocks of rows and written one after the other, so that
-//! memory is bounded by the codes of one tensor, whatever the checkpoint's size.
+//! memory is bounded by the codes of one file, whatever the checkpoint's size.
 
 mod compress;
 mod error;

@@ -9,6 +9,11 @@ use crate::{Error, Result};
 
 const NAME: &str = "chat_template";
 
+/// Bounds the time and the memory of a template, which may come with any artifact:
+/// so many instructions, or 64 bytes for each. A conversation of a million
+/// characters needs a hundredth.
+const FUEL: u64 = 10_000_000;
+
 /// A message of a conversation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Message {
@@ -43,6 +48,7 @@ impl ChatTemplate {
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.map_err(bad)?);
+        environment.set_fuel(Some(FUEL));
         environment
             .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", raise_exception);
@@ -97,9 +103,10 @@ fn python_json(value: Value, options: Kwargs) -> Result<String, minijinja::Error
     };
     let value = serde_json::Value::deserialize(value)?;
     let mut out = Vec::new();
-    let written = match options.get::<Option<usize>>("indent")? {
+    // A byte: more spaces than any template means, and fewer than fill the memory.
+    let written = match options.get::<Option<u8>>("indent")? {
         Some(indent) => {
-            let spaces = " ".repeat(indent);
+            let spaces = " ".repeat(indent.into());
             let pretty = serde_json::ser::PrettyFormatter::with_indent(spaces.as_bytes());
             value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, pretty))
         }

@@ -104,6 +104,9 @@ impl Model {
             }
         }
         let batch = Batch::new(segments);
+        if batch.rows.is_empty() {
+            return Ok(vec![Vec::new(); segments.len()]);
+        }
         let mut pass = Pass::new(self, batch);
         pass.embed();
         for (index, layer) in self.decoder.layers.iter().enumerate() {

@@ -19,7 +19,7 @@ const WRONG_USE: u8 = 2;
 fn main() -> ExitCode {
     let args = Args::parse();
     if let Err(error) = Backend::from_env() {
-        eprintln!("error: {error}");
+        Output::note(&format!("error: {error}"));
         return ExitCode::from(WRONG_USE);
     }
     let pool = rayon::ThreadPoolBuilder::new().num_threads(args.threads).build();

@@ -41,9 +41,9 @@ impl Output {
         std::io::stdout().lock().write_all(bytes).context(STDOUT)
     }
 
-    /// Says what is going on, on standard error.
+    /// Says something on standard error; to nobody, where that is closed.
     pub(crate) fn note(text: &str) {
-        eprintln!("{text}");
+        let _ = writeln!(std::io::stderr(), "{text}");
     }
 }
 
@@ -57,12 +57,12 @@ pub(crate) fn is_broken_pipe(error: &anyhow::Error) -> bool {
 
 /// Prints an error with its causes and, where one is known, a hint.
 pub(crate) fn print_error(error: &anyhow::Error) {
-    eprintln!("error: {error}");
+    Output::note(&format!("error: {error}"));
     for cause in error.chain().skip(1) {
-        eprintln!("  because: {cause}");
+        Output::note(&format!("  because: {cause}"));
     }
     if let Some(hint) = error.chain().find_map(hint) {
-        eprintln!("hint: {hint}");
+        Output::note(&format!("hint: {hint}"));
     }
 }
 

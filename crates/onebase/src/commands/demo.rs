@@ -31,6 +31,8 @@ struct Row {
     bytes: u64,
     sizes: Option<Sizes>,
     right: usize,
+    /// Questions that were asked.
+    n: usize,
 }
 
 pub(crate) fn run(args: &DemoArgs, output: &Output) -> anyhow::Result<()> {
@@ -58,12 +60,13 @@ pub(crate) fn run(args: &DemoArgs, output: &Output) -> anyhow::Result<()> {
             bytes: 0,
             sizes: None,
             right: tasks::score(&format!("{fine_tune}, base"), &model, None, &text, &questions)?,
+            n: questions.len(),
         });
         rows.extend(fine_tune_rows(args, &model, fine_tune, &questions, out)?);
     }
     let answers = ask(&model, &text, out)?;
     let seconds = start.elapsed().as_secs_f64();
-    print(&rows, &answers, args, seconds, output)
+    print(&rows, &answers, seconds, output)
 }
 
 fn codecs() -> anyhow::Result<Vec<CodecSpec>> {
@@ -96,6 +99,7 @@ fn fine_tune_rows(
         bytes: original.checkpoint().size_bytes(),
         sizes: None,
         right: tasks::score(&what, &original, None, &text, questions)?,
+        n: questions.len(),
     }];
     for codec in codecs()? {
         let target = artifact_dir(out, fine_tune, &codec);
@@ -109,7 +113,8 @@ fn fine_tune_rows(
         let what = format!("{fine_tune}, {codec}");
         let right = tasks::score(&what, model, Some(&tenant), &text, questions)?;
         let bytes = sizes.total_bytes;
-        rows.push(Row { fine_tune, codec: Some(codec), bytes, sizes: Some(sizes), right });
+        let (codec, sizes, n) = (Some(codec), Some(sizes), questions.len());
+        rows.push(Row { fine_tune, codec, bytes, sizes, right, n });
     }
     Ok(rows)
 }
@@ -155,13 +160,7 @@ fn ask(model: &Model, text: &TextModel, out: &Path) -> anyhow::Result<Vec<Value>
         .collect())
 }
 
-fn print(
-    rows: &[Row],
-    answers: &[Value],
-    args: &DemoArgs,
-    seconds: f64,
-    output: &Output,
-) -> anyhow::Result<()> {
+fn print(rows: &[Row], answers: &[Value], seconds: f64, output: &Output) -> anyhow::Result<()> {
     let name = |row: &Row| match &row.codec {
         Some(codec) => codec.to_string(),
         None if row.bytes == 0 => "(base)".to_owned(),
@@ -177,7 +176,7 @@ fn print(
                 "effective_bpw_linear": row.sizes.map(|s| s.effective_bpw_linear()),
                 "effective_bpw_total": row.sizes.map(|s| s.effective_bpw_total()),
                 "right": row.right,
-                "n": args.questions,
+                "n": row.n,
             })
         })
         .collect();
@@ -197,7 +196,7 @@ fn print(
                 ]
             })
             .collect();
-        let score = format!("right of {}", args.questions);
+        let score = format!("right of {}", rows.iter().map(|row| row.n).max().unwrap_or(0));
         let header =
             ["fine-tune", "codec", "on disk", "bits/weight, linear", "in all", score.as_str()];
         let mut text = table(&header, 2, lines).to_string();
