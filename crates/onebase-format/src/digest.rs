@@ -63,12 +63,13 @@ pub(crate) fn hash_blocks<E>(
     len: u64,
     mut read: impl FnMut(u64, &mut [u8]) -> Result<(), E>,
 ) -> Result<Digest, E> {
-    const BLOCK: u64 = 1 << 20;
+    // Stays in a second-level cache between being read and being hashed.
+    const BLOCK: u64 = 1 << 18;
     let mut block = Vec::new();
     let mut offset = 0;
     while offset < len {
         let n = BLOCK.min(len - offset);
-        // At most one mebibyte.
+        // At most a block.
         #[allow(clippy::cast_possible_truncation)]
         block.resize(n as usize, 0);
         read(offset, &mut block)?;
