@@ -36,6 +36,12 @@ pub enum Error {
         /// What was given.
         got: String,
     },
+    /// An option is given twice.
+    #[error("option {option} is given twice")]
+    RepeatedOption {
+        /// The option.
+        option: String,
+    },
     /// The parts were written by a newer version of the codec.
     #[error("codec {codec}: parts of version {got}, this program reads up to {newest}")]
     NewerParts {

@@ -94,7 +94,10 @@ impl FromStr for CodecSpec {
         for pair in rest.split(',').filter(|pair| !pair.is_empty()) {
             let (option, value) = pair.split_once('=').unwrap_or((pair, ""));
             let value = value.parse::<u64>().map_or_else(|_| Value::from(value), Value::from);
-            given.insert(option.replace('-', "_"), value);
+            let option = option.replace('-', "_");
+            if given.insert(option.clone(), value).is_some() {
+                return Err(Error::RepeatedOption { option });
+            }
         }
         Self::new(name, &given)
     }

@@ -96,6 +96,10 @@ fn unknown_names_and_bad_values_are_refused() {
         let unknown = format!("{}:no_such_option=1", codec.name()).parse::<CodecSpec>();
         assert!(matches!(unknown, Err(Error::UnknownOption { .. })), "{}", codec.name());
         for option in codec.options() {
+            let value = option.default_value();
+            let pair = format!("{}={}", option.name, value.as_str().unwrap_or(&value.to_string()));
+            let twice = format!("{}:{pair},{pair}", codec.name()).parse::<CodecSpec>();
+            assert!(matches!(twice, Err(Error::RepeatedOption { .. })), "{pair}");
             for bad in ["", "-1", "99999999", "3.5", "nonsense"] {
                 let got = format!("{}:{}={bad}", codec.name(), option.name).parse::<CodecSpec>();
                 assert!(matches!(got, Err(Error::BadOption { .. })), "{} {bad}", option.name);

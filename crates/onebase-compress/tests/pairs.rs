@@ -7,8 +7,8 @@
 mod support;
 
 use onebase_compress::{Error, Pair, Silent, compress};
-use onebase_format::Error as FileError;
-use onebase_model::Error as ModelError;
+use onebase_format::{Checkpoint, Error as FileError};
+use onebase_model::{Error as ModelError, Model, Request, SamplingParams, generate};
 use onebase_tensor::DType;
 use serde_json::{Value, json};
 use support::{EMBEDDING, Folder, HEAD, Memory, NORM, SAME, UP, fixture, of_files, plan};
@@ -311,4 +311,41 @@ fn what_a_fine_tune_leaves_is_recorded_as_the_base_s() {
         .map(|(name, _)| name.as_str())
         .collect();
     assert_eq!(unchanged, [SAME]);
+}
+
+#[test]
+fn a_head_of_its_own_under_tied_embeddings_is_refused() {
+    let with_head = |model: &mut Memory, value: Option<f32>| {
+        let mut head = model.tensors[EMBEDDING].clone();
+        value.into_iter().for_each(|v| head.set(0, 0, v));
+        model.tensors.insert(HEAD.to_owned(), head);
+    };
+    let (error, folder) = pair_refusal(|tuned| with_head(tuned, Some(0.5)));
+    let Error::Model(ModelError::UntiedHead { path }) = &error else { panic!("{error:?}") };
+    assert_eq!(*path, folder.fine_tune().join("model.safetensors"));
+    assert!(error.hint().unwrap().contains("tie_word_embeddings"));
+    // A copy of the embedding says nothing new.
+    let base = Memory::fixture("llama_tied_gqa");
+    let mut tuned = base.tuned(1);
+    with_head(&mut tuned, None);
+    Folder::new(&base, &tuned).compress("sign");
+}
+
+#[test]
+fn a_model_without_finite_logits_gives_no_answer() {
+    let mut broken = Memory::fixture("llama_tied_gqa");
+    broken.tensor(NORM).set(0, 0, f32::NAN);
+    let folder = Folder::new(&broken, &broken.tuned(1));
+    let model = Model::load(Checkpoint::open(&folder.base()).unwrap()).unwrap();
+    let request = Request {
+        tenant: None,
+        prompt: vec![1, 2, 3],
+        max_new_tokens: 4,
+        sampling: SamplingParams::GREEDY,
+        stop_tokens: &[],
+        stop_texts: &[],
+        tokenizer: None,
+    };
+    let error = generate(&model, &[request], 1, |_| {}).unwrap_err();
+    assert!(matches!(error, ModelError::NotFinite { n_tokens: 3 }), "{error:?}");
 }

@@ -80,13 +80,15 @@ impl StagedFolder {
     /// Gives the folder its name.
     ///
     /// # Errors
-    /// When it cannot be renamed; the target is then as it was.
+    /// When it cannot be renamed; the target is then as it was. Or when the rename
+    /// cannot be made durable.
     pub fn commit(mut self) -> Result<()> {
-        let lock_path = self.staging.join(LOCK);
-        std::fs::remove_file(&lock_path).map_err(Error::io("remove", &lock_path))?;
         sync_dir(&self.staging)?;
         std::fs::rename(&self.staging, &self.target).map_err(Error::io("rename", &self.staging))?;
-        self.lock = None;
+        // Only now, so that nobody else could take the folder for an abandoned one.
+        let _lock = self.lock.take();
+        let lock_path = self.target.join(LOCK);
+        std::fs::remove_file(&lock_path).map_err(Error::io("remove", &lock_path))?;
         match self.target.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => sync_dir(parent),
             _ => sync_dir(Path::new(".")),
@@ -96,7 +98,7 @@ impl StagedFolder {
 
 impl Drop for StagedFolder {
     fn drop(&mut self) {
-        if self.lock.take().is_some() {
+        if let Some(_lock) = self.lock.take() {
             // The error that led here is the one to report.
             let _ = std::fs::remove_dir_all(&self.staging);
         }

@@ -61,7 +61,10 @@ impl Checkpoint {
         let config = read_json(&config_path)?;
         let index_path = dir.join(INDEX_FILE);
         let mut files = Vec::new();
-        if index_path.is_file() {
+        // Where both are there the single file counts, as in transformers.
+        if dir.join(SINGLE_FILE).is_file() {
+            files.push(SafetensorsFile::open(&dir.join(SINGLE_FILE))?);
+        } else if index_path.is_file() {
             let index: Index = read_json(&index_path)?;
             let mut shards: Vec<&String> = index.weight_map.values().collect();
             shards.sort();
@@ -83,8 +86,6 @@ impl Checkpoint {
                     });
                 }
             }
-        } else if dir.join(SINGLE_FILE).is_file() {
-            files.push(SafetensorsFile::open(&dir.join(SINGLE_FILE))?);
         } else {
             return Err(not_a(SINGLE_FILE));
         }
@@ -156,7 +157,7 @@ impl Checkpoint {
         }
     }
 
-    /// Bytes of all weight files.
+    /// Bytes of all tensors' data.
     pub fn size_bytes(&self) -> u64 {
         self.files.iter().flat_map(|f| f.tensors.values()).map(|t| t.size_bytes() as u64).sum()
     }

@@ -194,7 +194,7 @@ impl Error {
         Some(match self {
             Error::NotA { missing: crate::CONFIG_FILE, .. } => {
                 "give the folder of a Hugging Face checkpoint: config.json, *.safetensors, \
-                 tokenizer.json"
+                 tokenizer.json; a LoRA adapter must be merged into its base first"
                     .into()
             }
             Error::NotA { missing: "model.safetensors", .. } => {

@@ -144,6 +144,9 @@ fn a_malformed_index_is_refused() {
         write_checkpoint(dir.path(), &safetensors(&two_tensors()));
         let index = dir.path().join("model.safetensors.index.json");
         std::fs::write(&index, text).unwrap();
+        // Beside a single file an index does not count.
+        Checkpoint::open(dir.path()).unwrap();
+        std::fs::remove_file(dir.path().join("model.safetensors")).unwrap();
         let error = Checkpoint::open(dir.path()).unwrap_err();
         let Error::Json { path, .. } = &error else { panic!("{text:?}: {error:?}") };
         assert_eq!(*path, index);

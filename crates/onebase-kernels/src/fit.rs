@@ -68,7 +68,11 @@ impl Kernel for Fit<'_> {
         let plane = plane_bytes(self.row.len());
         self.codes.fill(0);
         for (index, group) in self.row.chunks(self.group_size).enumerate() {
-            let scale = saturating_bf16(self.grid.best_scale(group));
+            let mut scale = saturating_bf16(self.grid.best_scale(group));
+            if !(scale.to_f32() * self.grid.top).is_finite() {
+                // Rounded up past what the outermost level can hold.
+                scale = bf16::from_bits(scale.to_bits() - 1);
+            }
             self.scale[index] = scale;
             let first_byte = index * self.group_size / 8;
             let per_step = self.grid.per_step(scale.to_f32());
@@ -155,7 +159,8 @@ impl Grid {
         let [power, _] = lane_sums(group, |w| [(w / max) * (w / max), 0.0]);
         #[allow(clippy::cast_precision_loss)]
         let rms = max * (power / group.len() as f32).sqrt();
-        let mut best = (f32::INFINITY, 0.0);
+        // What stays where the weights are so large that their squares overflow.
+        let mut best = (f32::INFINITY, max / self.top);
         let starts = CLIPS.map(|clip| clip * max / self.top);
         for start in starts.into_iter().chain([GAUSSIAN_HALF_STEP[self.bits - 1] * rms]) {
             let mut scale = start;

@@ -248,3 +248,19 @@ fn attention_equals_the_oracle() {
         }
     }
 }
+
+#[test]
+fn huge_weights_keep_their_size() {
+    for bits in 1..=8 {
+        for w in [3e20f32, 1e30, f32::MAX] {
+            let row = [w, -w, w, w];
+            let mut codes = [0; 16];
+            let mut scale = [bf16::ZERO];
+            let backend = Backend::active();
+            backend.fit_low_bit(&row, bits, 16, &mut codes[..2 * bits], &mut scale);
+            #[allow(clippy::cast_precision_loss)]
+            let outermost = scale[0].to_f32() * ((1 << bits) - 1) as f32;
+            assert!(outermost.is_finite() && outermost > 0.9 * w, "{bits} bits: {w:e}");
+        }
+    }
+}

@@ -11,8 +11,15 @@ const NAME: &str = "chat_template";
 
 /// Bounds the time and the memory of a template, which may come with any artifact:
 /// so many instructions, or 64 bytes for each. A conversation of a million
-/// characters needs a hundredth.
-const FUEL: u64 = 10_000_000;
+/// characters needs a twentieth.
+const FUEL: u64 = 2_000_000;
+
+/// Longest template: several times the longest that models have.
+const SOURCE_BYTES: usize = 1 << 18;
+
+/// Stack for compiling and rendering, which recurse as deeply as a template of
+/// that length, or a value made with that fuel, is nested.
+const STACK_BYTES: usize = 1 << 29;
 
 /// A message of a conversation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -54,7 +61,11 @@ impl ChatTemplate {
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
         environment.add_filter("tojson", python_json);
-        environment.add_template_owned(NAME, source).map_err(bad)?;
+        if source.len() > SOURCE_BYTES {
+            let problem = format!("{} bytes, expected at most {SOURCE_BYTES}", source.len());
+            return Err(bad(minijinja::Error::new(ErrorKind::SyntaxError, problem)));
+        }
+        with_stack(|| environment.add_template_owned(NAME, source)).map_err(bad)?;
         Ok(Self { environment, bos_token, eos_token, path: path.to_owned() })
     }
 
@@ -79,8 +90,21 @@ impl ChatTemplate {
             context.extend(token.as_ref().map(|t| (name, Value::from(t.as_str()))));
         }
         let template = self.environment.get_template(NAME).map_err(bad)?;
-        template.render(Value::from_pairs(context)).map_err(bad)
+        with_stack(|| template.render(Value::from_pairs(context))).map_err(bad)
     }
+}
+
+/// Runs on a thread with [`STACK_BYTES`] of stack.
+fn with_stack<T: Send>(
+    run: impl FnOnce() -> Result<T, minijinja::Error> + Send,
+) -> Result<T, minijinja::Error> {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().stack_size(STACK_BYTES).spawn_scoped(scope, run);
+        let thread = thread.map_err(|e| {
+            minijinja::Error::new(ErrorKind::InvalidOperation, "no thread to run it").with_source(e)
+        })?;
+        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }
 
 fn raise_exception(message: String) -> Result<Value, minijinja::Error> {

@@ -274,6 +274,10 @@ impl ModelConfig {
 fn read_rope(fields: &Fields<'_>) -> Result<(f64, RopeScaling)> {
     let nested = fields.get("rope_parameters");
     let value = nested.or_else(|| fields.get("rope_scaling")).unwrap_or(&Value::Null);
+    let nested = value.as_object().is_some_and(|o| o.values().any(Value::is_object));
+    if nested || !(value.is_null() || value.is_object()) {
+        return Err(fields.bad("rope_parameters", "one object for all layers", Some(value)));
+    }
     let rope = Fields { path: fields.path, value };
     let theta = match rope.get("rope_theta") {
         Some(_) => rope.positive("rope_theta", None)?,
@@ -291,6 +295,12 @@ fn read_rope(fields: &Fields<'_>) -> Result<(f64, RopeScaling)> {
         },
         Some(_) => return Err(rope.bad("rope_type", "default, linear or llama3", kind)),
     };
+    if let RopeScaling::Llama3 { low_freq_factor, high_freq_factor, .. } = scaling
+        && low_freq_factor >= high_freq_factor
+    {
+        let got = rope.get("high_freq_factor");
+        return Err(rope.bad("high_freq_factor", "more than low_freq_factor", got));
+    }
     Ok((theta, scaling))
 }
 

@@ -37,6 +37,16 @@ pub enum Error {
         /// The tensor.
         tensor: String,
     },
+    /// The configuration ties the head to the embedding, but it is another matrix.
+    #[error(
+        "{}: lm_head.weight differs from model.embed_tokens.weight, \
+         but config.json has tie_word_embeddings: true",
+        path.display()
+    )]
+    UntiedHead {
+        /// The file of the head.
+        path: PathBuf,
+    },
     /// A field of the configuration is missing or malformed.
     #[error("{}: config field {field}: expected {expected}, got {got}", path.display())]
     Config {
@@ -112,6 +122,12 @@ pub enum Error {
         /// The tenant's vocabulary.
         vocab_size: usize,
     },
+    /// The model computed no finite logit.
+    #[error("the logits after {n_tokens} tokens are not finite numbers")]
+    NotFinite {
+        /// Tokens of the sequence so far.
+        n_tokens: usize,
+    },
     /// A prompt has no token.
     #[error("the prompt is empty")]
     EmptyPrompt,
@@ -136,6 +152,14 @@ impl Error {
             }
             Error::Config { field: "quantization_config", .. } => {
                 "use the 16- or 32-bit checkpoint".into()
+            }
+            Error::UntiedHead { .. } => {
+                "set tie_word_embeddings to false, in the base too, or remove the head".into()
+            }
+            Error::NotFinite { .. } => {
+                "the weights or the configuration of this model are broken; `onebase verify` \
+                 checks an artifact"
+                    .into()
             }
             Error::OtherModel { .. } => {
                 "a delta needs the base that the fine-tune was trained from".into()

@@ -368,13 +368,25 @@ impl<'m, 'a> Pass<'m, 'a> {
         let mut x = Vec::new();
         let mut rows = Vec::new();
         let mut groups = Vec::new();
-        for group in &self.batch.groups {
+        // Rows with a head of their own come last: the base's is not theirs.
+        let exact = |group: &RowGroup<'a>| {
+            let table =
+                group.tenant.map(|t| t.decoder.head.as_ref().unwrap_or(&t.decoder.embedding));
+            matches!(table, Some(TableDelta::Exact(_)))
+        };
+        let (own, shared): (Vec<_>, Vec<_>) = self.batch.groups.iter().partition(|g| exact(g));
+        let n_shared_groups = shared.len();
+        let mut n_shared = 0;
+        for (index, group) in shared.into_iter().chain(own).enumerate() {
             let first = rows.len();
             for row in group.rows.clone().filter(|row| kept(&self.batch.rows[*row])) {
                 rows.push(self.batch.rows[row]);
                 x.extend_from_slice(&self.x[row * hidden..(row + 1) * hidden]);
             }
             groups.push(RowGroup { rows: first..rows.len(), tenant: group.tenant });
+            if index < n_shared_groups {
+                n_shared = rows.len();
+            }
         }
         if rows.is_empty() {
             return results;
@@ -384,9 +396,11 @@ impl<'m, 'a> Pass<'m, 'a> {
         let base = decoder.head.as_ref().unwrap_or(&decoder.embedding);
         let base_rows = self.model.config.vocab_size;
         let backend = self.model.backend;
-        let mut shared = vec![0.0; rows.len() * base_rows];
-        let mut shared_view = matrix_mut(&mut shared, rows.len());
-        backend.add_dense(base.as_ref(), x, &mut shared_view);
+        let mut shared = vec![0.0; n_shared * base_rows];
+        let mut shared_view = matrix_mut(&mut shared, n_shared);
+        if n_shared > 0 {
+            backend.add_dense(base.as_ref(), x.rows(0..n_shared), &mut shared_view);
+        }
         for group in groups {
             let n = group.rows.len();
             if n == 0 {
@@ -411,10 +425,9 @@ impl<'m, 'a> Pass<'m, 'a> {
                     backend.add_dense(own.as_ref(), x, &mut matrix_mut(&mut past, n));
                 }
             }
-            let exact = matches!(table, Some(TableDelta::Exact(_)));
             for (i, row) in group.rows.clone().enumerate() {
                 let result = &mut results[rows[row].segment];
-                if !exact {
+                if row < n_shared {
                     result.extend_from_slice(shared_view.row(row));
                 }
                 let width = past.len() / n;

@@ -215,6 +215,10 @@ pub fn generate(
                 continue;
             }
             let sequence = &mut active[i];
+            let likeliest = logits.iter().fold(f32::NEG_INFINITY, |m, l| m.max(*l));
+            if !likeliest.is_finite() || logits.iter().any(|l| l.is_nan()) {
+                return Err(Error::NotFinite { n_tokens: sequence.cache.n_tokens() });
+            }
             let token = sequence.sampler.sample(&logits);
             n_new_tokens += 1;
             let config = sequence.request.tenant.map_or(model.config(), Tenant::config);

@@ -72,10 +72,11 @@ impl Model {
 /// shapes, and no others.
 ///
 /// Buffers that old programs saved beside the weights and that follow from the
-/// configuration are passed over, as is a head that is tied to the embedding.
+/// configuration are passed over, as is a second copy of a tied embedding.
 ///
 /// # Errors
-/// When a tensor is missing, unexpected or of another shape.
+/// When a tensor is missing, unexpected or of another shape, or a head that
+/// should be tied to the embedding has weights of its own.
 pub fn check_tensors(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<()> {
     let specs = tensor_specs(config);
     for spec in &specs {
@@ -90,9 +91,15 @@ pub fn check_tensors(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<()
         }
     }
     let known: std::collections::BTreeSet<&str> = specs.iter().map(|s| s.name.as_str()).collect();
-    let derived = |name: &str| {
-        name.ends_with(".rotary_emb.inv_freq") || (config.tied && name == "lm_head.weight")
-    };
+    let (embedding, head) = ("model.embed_tokens.weight", "lm_head.weight");
+    if config.tied && checkpoint.contains(head) {
+        let [own, tied] = [checkpoint.tensor(head)?, checkpoint.tensor(embedding)?];
+        if own.digest()? != tied.digest()? {
+            return Err(Error::UntiedHead { path: own.path().to_owned() });
+        }
+    }
+    let derived =
+        |name: &str| name.ends_with(".rotary_emb.inv_freq") || (config.tied && name == head);
     match checkpoint.names().find(|name| !known.contains(name) && !derived(name)) {
         Some(tensor) => Err(Error::UnexpectedTensor {
             path: checkpoint.dir().to_owned(),

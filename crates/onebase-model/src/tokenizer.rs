@@ -76,8 +76,13 @@ impl TextModel {
         let Some(bytes) = file(TOKENIZER)? else {
             return Err(Error::MissingFile { path, file: TOKENIZER });
         };
-        let inner = tokenizers::Tokenizer::from_bytes(&bytes)
-            .map_err(|e| Error::Tokenizer { path: path.clone(), problem: e.to_string() })?;
+        let bad =
+            |e: tokenizers::Error| Error::Tokenizer { path: path.clone(), problem: e.to_string() };
+        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(bad)?;
+        // Left over from training; as in transformers, a prompt is neither cut nor
+        // filled up.
+        inner.with_truncation(None).map_err(bad)?;
+        inner.with_padding(None);
         let json = |name| -> Result<Value> {
             let Some(bytes) = file(name)? else { return Ok(Value::Null) };
             let path = path.clone();

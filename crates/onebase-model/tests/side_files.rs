@@ -220,3 +220,68 @@ fn a_long_conversation_is_rendered() {
     let rendered = text.chat_template.unwrap().render(&messages, true).unwrap();
     assert!(rendered.len() > 1_000_000);
 }
+
+#[test]
+fn truncation_and_padding_of_training_do_not_reach_prompts() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = checkpoint(dir.path());
+    let want = TextModel::from_checkpoint(&checkpoint).unwrap().tokenizer;
+    let path = dir.path().join("tokenizer.json");
+    let mut tokenizer: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    tokenizer["truncation"] = json!({
+        "direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0,
+    });
+    tokenizer["padding"] = json!({
+        "strategy": {"Fixed": 1_000_000_000_000u64}, "direction": "Right",
+        "pad_to_multiple_of": null, "pad_id": 0, "pad_type_id": 0, "pad_token": "x",
+    });
+    std::fs::write(&path, tokenizer.to_string()).unwrap();
+    let got = TextModel::from_checkpoint(&checkpoint).unwrap().tokenizer;
+    let text = "A prompt of more than four tokens, to be run as it is.";
+    assert_eq!(got.encode(text, true).unwrap(), want.encode(text, true).unwrap());
+}
+
+#[test]
+fn templates_as_deep_as_they_may_be_end_in_text_or_an_error() {
+    let deep = |source: String| {
+        let template = ChatTemplate::new(source, None, None, Path::new("x"));
+        template.and_then(|t| t.render::<Message>(&[], true)).map_err(|e| e.to_string())
+    };
+    let nested = "{% set ns = namespace(x=[]) %}{% for i in range(90000) %}{% set ns.x = [ns.x] \
+                  %}{% endfor %}";
+    for value in ["{{ ns.x }}", "{{ ns.x|tojson }}", ""] {
+        let _ = deep(format!("{nested}{value}"));
+    }
+    for link in ["not ", "-"] {
+        let _ = deep(format!("{{{{ {}x }}}}", link.repeat(60_000)));
+    }
+    for link in ["+1", "|upper", ".a", "[0]"] {
+        let _ = deep(format!("{{{{ x{} }}}}", link.repeat(30_000)));
+    }
+    let long = deep("x".repeat(1 << 20)).unwrap_err();
+    assert!(long.contains("chat template"), "{long}");
+}
+
+#[test]
+fn malformed_rope_scalings_are_refused() {
+    for (field, value) in [
+        ("rope_scaling", json!("linear")),
+        ("rope_parameters", json!("yarn")),
+        ("rope_parameters", json!({"full_attention": {"rope_theta": 5}})),
+        (
+            "rope_parameters",
+            json!({
+                "rope_type": "llama3", "rope_theta": 1e4, "factor": 8, "low_freq_factor": 4,
+                "high_freq_factor": 4, "original_max_position_embeddings": 64,
+            }),
+        ),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        with_config(&fixture("llama3_rope"), dir.path(), |c| {
+            c.as_object_mut().unwrap().remove("rope_scaling");
+            c[field] = value.clone();
+        });
+        let error = Model::load(Checkpoint::open(dir.path()).unwrap()).unwrap_err();
+        assert!(matches!(error, Error::Config { .. }), "{value}: {error:?}");
+    }
+}

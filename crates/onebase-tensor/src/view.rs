@@ -133,11 +133,6 @@ impl<'a> MatrixMut<'a> {
         MatrixMut { data: &mut self.data[rows.start * cols..rows.end * cols], shape }
     }
 
-    /// The same matrix, borrowed for a shorter time.
-    pub fn reborrow(&mut self) -> MatrixMut<'_> {
-        MatrixMut { data: self.data, shape: self.shape }
-    }
-
     /// The same matrix, read only.
     pub fn as_ref(&self) -> MatrixRef<'_> {
         MatrixRef { data: self.data, shape: self.shape }

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use clap::builder::NonEmptyStringValueParser;
 use clap::{Parser, Subcommand};
 use onebase_codec::CodecSpec;
 use onebase_compress::TablePlan;
@@ -126,7 +127,7 @@ pub(crate) struct GenerateArgs {
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
     /// A text that ends the answer; may be given many times
-    #[arg(long = "stop", value_name = "TEXT")]
+    #[arg(long = "stop", value_name = "TEXT", value_parser = NonEmptyStringValueParser::new())]
     pub(crate) stop: Vec<String>,
     /// Sequences that are run together
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..))]

@@ -145,12 +145,32 @@ fn is_zero(n: &usize) -> bool {
     *n == 0
 }
 
+/// What the names of the files of linear sites begin with, and no others.
+pub(crate) const LINEAR_PREFIX: &str = "linear-";
+
 /// The part that holds vocabulary rows past the base's.
 pub(crate) const ADDED_ROWS: &str = "added_rows";
 
 /// The name of a tensor's part in its file.
 pub(crate) fn part_name(tensor: &str, part: &str) -> String {
     format!("{}.{part}", tensor.strip_suffix(".weight").unwrap_or(tensor))
+}
+
+impl TensorRecord {
+    /// The names under which its parts lie in their file.
+    pub(crate) fn stored_names(&self, tensor: &str) -> Vec<String> {
+        match &self.storage {
+            Storage::Unchanged => Vec::new(),
+            Storage::Exact { .. } => vec![tensor.to_owned()],
+            Storage::Codec { parts, added_rows, .. } => {
+                let mut names: Vec<_> = parts.iter().map(|p| part_name(tensor, p)).collect();
+                if *added_rows > 0 {
+                    names.push(part_name(tensor, ADDED_ROWS));
+                }
+                names
+            }
+        }
+    }
 }
 
 impl Manifest {

@@ -1,4 +1,4 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use onebase_tensor::{DType, EncodedDelta, Part, PartData, effective_bits};
@@ -7,8 +7,8 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::manifest::{
-    ADDED_ROWS, CodecRecord, FORMAT, FORMAT_VERSION, MANIFEST_FILE, MODEL_CARD_FILE, Manifest,
-    Role, Storage, TensorRecord, part_name,
+    ADDED_ROWS, BaseRecord, CodecRecord, FORMAT, FORMAT_VERSION, LINEAR_PREFIX, MANIFEST_FILE,
+    MODEL_CARD_FILE, Manifest, Role, Storage, TensorRecord, part_name,
 };
 use crate::checkpoint::{plain_name, read_json, read_optional};
 use crate::error::Error;
@@ -50,7 +50,7 @@ impl Sizes {
                 .fold(0, u64::saturating_add)
         };
         let listed: u64 = manifest.files.values().map(|f| f.bytes).sum();
-        let linear = manifest.files.iter().filter(|(name, _)| name.starts_with("linear-"));
+        let linear = manifest.files.iter().filter(|(name, _)| name.starts_with(LINEAR_PREFIX));
         Self {
             total_bytes: listed + other_bytes,
             linear_bytes: linear.map(|(_, f)| f.bytes).sum(),
@@ -171,6 +171,11 @@ impl Artifact {
                     return Err(self.bad(tensor, problem));
                 }
             }
+        }
+        if let Storage::Exact { file } | Storage::Codec { file, .. } = &record.storage
+            && file.starts_with(LINEAR_PREFIX) != (record.role == Role::Linear)
+        {
+            return Err(self.bad(tensor, format!("a {:?} tensor in {file}", record.role)));
         }
         Ok(())
     }
@@ -324,10 +329,11 @@ impl Artifact {
         Ok(ExactTensor { dtype, shape: header.shape.clone(), bytes: file.bytes(header).to_vec() })
     }
 
-    /// Reads every listed file and compares its digest.
+    /// Reads every listed file and compares its digest, and checks that the
+    /// manifest accounts for every stored tensor and for the base's digest.
     ///
     /// # Errors
-    /// When one has changed.
+    /// When a file has changed or the manifest contradicts itself.
     pub fn check_files(&self) -> Result<()> {
         self.manifest.files.par_iter().try_for_each(|(name, record)| {
             let path = self.dir.join(name);
@@ -337,7 +343,22 @@ impl Artifact {
             } else {
                 Err(Error::FileDigest { path, expected: record.blake3, got })
             }
-        })
+        })?;
+        let tensors = &self.manifest.tensors;
+        let claimed: BTreeSet<String> =
+            tensors.iter().flat_map(|(tensor, record)| record.stored_names(tensor)).collect();
+        for file in self.files.values() {
+            if let Some(name) = file.tensors.keys().find(|name| !claimed.contains(*name)) {
+                let problem = format!("{} holds it, no record does", file.path.display());
+                return Err(self.bad(name, problem));
+            }
+        }
+        let base = &self.manifest.base;
+        let digests = tensors.iter().map(|(name, record)| (name.as_str(), record.base));
+        if BaseRecord::new(&base.name, digests) != *base {
+            return Err(self.bad("base", "is not the digest of the tensors' bases".into()));
+        }
+        Ok(())
     }
 
     /// Digests the base's tensors and compares each with the one the delta was

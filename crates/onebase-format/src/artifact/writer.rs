@@ -4,8 +4,8 @@ use std::path::Path;
 use onebase_tensor::{DType, EncodedDelta, Part, PartData};
 
 use super::manifest::{
-    ADDED_ROWS, BaseRecord, CodecRecord, FORMAT, FORMAT_VERSION, FileRecord, MANIFEST_FILE,
-    MODEL_CARD_FILE, Manifest, Role, Storage, TensorRecord, part_name,
+    ADDED_ROWS, BaseRecord, CodecRecord, FORMAT, FORMAT_VERSION, FileRecord, LINEAR_PREFIX,
+    MANIFEST_FILE, MODEL_CARD_FILE, Manifest, Role, Storage, TensorRecord, part_name,
 };
 use super::reader::Sizes;
 use crate::error::Error;
@@ -60,8 +60,8 @@ impl ArtifactWriter {
                 inherited: BTreeMap::new(),
                 tensors: BTreeMap::new(),
             },
-            linear: Files::new("linear"),
-            rest: Files::new("rest"),
+            linear: Files::new(LINEAR_PREFIX),
+            rest: Files::new("rest-"),
         })
     }
 
@@ -203,7 +203,7 @@ impl Files {
     }
 
     fn name(&self) -> String {
-        format!("{}-{:05}.safetensors", self.prefix, self.n_written + 1)
+        format!("{}{:05}.safetensors", self.prefix, self.n_written + 1)
     }
 
     /// The file that the next tensor goes to.

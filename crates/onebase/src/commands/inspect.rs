@@ -1,7 +1,8 @@
 use std::collections::BTreeMap;
 
+use onebase_codec::CodecSpec;
 use onebase_format::artifact::{Artifact, CodecRecord, Manifest, Sizes, Storage};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::args::InspectArgs;
 use crate::output::{Output, bytes, table};
@@ -80,20 +81,11 @@ fn stored_as(manifest: &Manifest, storage: &Storage) -> String {
     }
 }
 
-/// A codec as it is written on the command line.
+/// A codec as it is written on the command line; its name alone where this
+/// program does not know it.
 fn describe(codec: &CodecRecord) -> String {
-    let options: Vec<String> = codec
-        .options
-        .iter()
-        .map(|(name, value)| match value {
-            Value::String(word) => format!("{name}={word}"),
-            other => format!("{name}={other}"),
-        })
-        .collect();
-    if options.is_empty() {
-        return codec.name.clone();
-    }
-    format!("{}:{}", codec.name, options.join(","))
+    let spec = CodecSpec::from_record(&codec.name, codec.version, &codec.options);
+    spec.map_or_else(|_| codec.name.clone(), |spec| spec.to_string())
 }
 
 fn tensor_table(manifest: &Manifest) -> String {
