@@ -14,8 +14,9 @@ const NAME: &str = "chat_template";
 /// characters needs a twentieth.
 const FUEL: u64 = 2_000_000;
 
-/// Longest template: several times the longest that models have.
-const SOURCE_BYTES: usize = 1 << 18;
+/// Longest template, longer than those of models. Compiling takes time with the
+/// square of the length of an expression, so this bounds that too.
+const SOURCE_BYTES: usize = 1 << 16;
 
 /// Stack for compiling and rendering, which recurse as deeply as a template of
 /// that length, or a value made with that fuel, is nested.

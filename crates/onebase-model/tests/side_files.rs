@@ -253,10 +253,10 @@ fn templates_as_deep_as_they_may_be_end_in_text_or_an_error() {
         let _ = deep(format!("{nested}{value}"));
     }
     for link in ["not ", "-"] {
-        let _ = deep(format!("{{{{ {}x }}}}", link.repeat(60_000)));
+        let _ = deep(format!("{{{{ {}x }}}}", link.repeat(6_000)));
     }
     for link in ["+1", "|upper", ".a", "[0]"] {
-        let _ = deep(format!("{{{{ x{} }}}}", link.repeat(30_000)));
+        let _ = deep(format!("{{{{ x{} }}}}", link.repeat(6_000)));
     }
     let long = deep("x".repeat(1 << 20)).unwrap_err();
     assert!(long.contains("chat template"), "{long}");
