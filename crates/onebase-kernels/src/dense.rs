@@ -76,6 +76,8 @@ impl<W: Stored> Tiled for Dense<'_, W> {
                 for (r, acc) in acc.iter_mut().enumerate() {
                     let at = w.add(r * n + k);
                     if B == 1 {
+                        // Rows are pages apart, which the processor's own
+                        // prefetching does not cross; the next tile's are asked for.
                         V::prefetch(at.wrapping_add(R * n).cast());
                     }
                     let wv: V = W::load(at);

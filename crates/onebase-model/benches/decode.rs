@@ -23,7 +23,7 @@ const PROMPT_TOKENS: u32 = 64;
 const ROUNDS: usize = 24;
 
 fn main() {
-    // `cargo test` runs benchmarks too, without their input.
+    // `cargo test --benches` runs it without its input.
     let Some(base) = std::env::var_os("ONEBASE_BENCH_BASE") else { return };
     rayon::scope(|_| report(Path::new(&base)));
 }
