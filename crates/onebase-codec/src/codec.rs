@@ -19,6 +19,13 @@ pub trait Codec: Sync {
     /// The options it understands.
     fn options(&self) -> &'static [OptionSpec];
 
+    /// Bits per weight of a matrix of this shape `[out_features, in_features]`, which
+    /// has at least one weight, as the paper of the method counts them: its codes
+    /// or factors alone, without scales, indices, headers and metadata.
+    ///
+    /// Reports print it beside the size on disk, which is what a delta costs.
+    fn claimed_bits(&self, options: &Options, shape: [usize; 2]) -> f64;
+
     /// Encodes a delta `[out_features, in_features]`.
     ///
     /// Same delta and options give the same parts, on any number of threads.

@@ -62,6 +62,14 @@ pub enum Error {
         /// NaN or ∞.
         got: f32,
     },
+    /// A decomposition of a matrix did not converge.
+    #[error("the {decomposition} of a {}x{} matrix did not converge", shape[0], shape[1])]
+    NoConvergence {
+        /// What was computed.
+        decomposition: &'static str,
+        /// `[rows, columns]`.
+        shape: [usize; 2],
+    },
     /// A part is not what the codec wrote.
     #[error(transparent)]
     Part(#[from] PartError),
@@ -81,6 +89,9 @@ impl Error {
             Error::NewerParts { .. } => "install a newer onebase".into(),
             Error::NotFinite { .. } => {
                 "a checkpoint with NaN or ∞ is broken; look for a diverged training run".into()
+            }
+            Error::NoConvergence { .. } => {
+                "choose a codec that decomposes no matrix, such as `rtn`".into()
             }
             Error::Part(_) => {
                 "the artifact was altered after it was written; fetch it again".into()

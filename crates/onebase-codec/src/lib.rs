@@ -8,6 +8,7 @@
 mod codec;
 mod codecs;
 mod error;
+pub mod numerics;
 mod options;
 mod source;
 mod spec;
@@ -16,7 +17,7 @@ pub use codec::{Codec, DeltaLinear};
 pub use codecs::CODECS;
 pub use error::Error;
 pub use options::{Kind, OptionSpec, Options};
-pub use source::{DeltaSource, for_each_block};
+pub use source::{DeltaSource, for_each_block, read_wide};
 pub use spec::CodecSpec;
 
 /// The result of this crate's operations.

@@ -18,6 +18,15 @@ pub enum Kind {
         /// What it is when not given.
         default: usize,
     },
+    /// A finite number.
+    Number {
+        /// The least.
+        min: f64,
+        /// The greatest.
+        max: f64,
+        /// What it is when not given.
+        default: f64,
+    },
     /// One of some words, the first when not given.
     Choice(&'static [&'static str]),
 }
@@ -38,8 +47,14 @@ impl OptionSpec {
     pub fn default_value(&self) -> Value {
         match self.kind {
             Kind::Int { default, .. } => default.into(),
+            Kind::Number { default, .. } => default.into(),
             Kind::Choice(words) => words[0].into(),
         }
+    }
+
+    /// Its value when not given, as people write it.
+    pub fn default_text(&self) -> String {
+        text(&self.default_value())
     }
 
     /// What it can be, in words.
@@ -49,18 +64,38 @@ impl OptionSpec {
             Kind::Int { min, max, multiple_of, .. } => {
                 format!("a multiple of {multiple_of} from {min} to {max}")
             }
+            Kind::Number { min, max, .. } => format!("a number from {min} to {max}"),
             Kind::Choice(words) => words.join(" or "),
         }
     }
 
-    fn accepts(&self, value: &Value) -> bool {
+    /// The value in the one form that options hold it in; `None` when it is bad.
+    fn canonical(&self, value: &Value) -> Option<Value> {
         match self.kind {
-            Kind::Int { min, max, multiple_of, .. } => value
-                .as_u64()
-                .and_then(|v| usize::try_from(v).ok())
-                .is_some_and(|v| (min..=max).contains(&v) && v.is_multiple_of(multiple_of)),
-            Kind::Choice(words) => value.as_str().is_some_and(|v| words.contains(&v)),
+            Kind::Int { min, max, multiple_of, .. } => {
+                let v = value.as_u64().and_then(|v| usize::try_from(v).ok())?;
+                ((min..=max).contains(&v) && v.is_multiple_of(multiple_of)).then(|| v.into())
+            }
+            // A whole number becomes a float, and the sum turns −0 into 0, so that
+            // equal numbers are equal options.
+            Kind::Number { min, max, .. } => {
+                let v = value.as_f64().filter(|v| (min..=max).contains(v))?;
+                Some((v + 0.0).into())
+            }
+            Kind::Choice(words) => {
+                value.as_str().filter(|v| words.contains(v)).map(|v| v.to_owned().into())
+            }
         }
+    }
+}
+
+/// A value as people write it: words without quotes, 1.0 as `1`.
+fn text(value: &Value) -> String {
+    match value {
+        Value::String(word) => word.clone(),
+        // The shortest digits that are read back as the same number.
+        Value::Number(n) if n.is_f64() => n.as_f64().unwrap_or_default().to_string(),
+        other => other.to_string(),
     }
 }
 
@@ -85,14 +120,14 @@ impl Options {
         let mut complete = Map::new();
         for spec in specs {
             let value = given.get(spec.name).cloned().unwrap_or_else(|| spec.default_value());
-            if !spec.accepts(&value) {
+            let Some(value) = spec.canonical(&value) else {
                 return Err(Error::BadOption {
                     codec: codec.name(),
                     option: spec.name,
                     expected: spec.expected(),
-                    got: value.to_string(),
+                    got: if value.is_string() { value.to_string() } else { text(&value) },
                 });
-            }
+            };
             complete.insert(spec.name.to_owned(), value);
         }
         Ok(Self(complete))
@@ -103,12 +138,22 @@ impl Options {
         &self.0
     }
 
-    /// The value of a number option.
+    /// The value of a whole-number option.
     ///
     /// Panics when the codec declares no such option.
     pub fn int(&self, name: &str) -> usize {
         let value = self.0.get(name).and_then(Value::as_u64);
         match value.and_then(|v| usize::try_from(v).ok()) {
+            Some(value) => value,
+            None => unreachable!("no whole-number option {name} is declared"),
+        }
+    }
+
+    /// The value of a number option.
+    ///
+    /// Panics when the codec declares no such option.
+    pub fn number(&self, name: &str) -> f64 {
+        match self.0.get(name).filter(|v| v.is_f64()).and_then(Value::as_f64) {
             Some(value) => value,
             None => unreachable!("no number option {name} is declared"),
         }
@@ -129,10 +174,7 @@ impl fmt::Display for Options {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (i, (name, value)) in self.0.iter().enumerate() {
             let comma = if i > 0 { "," } else { "" };
-            match value {
-                Value::String(word) => write!(f, "{comma}{name}={word}")?,
-                other => write!(f, "{comma}{name}={other}")?,
-            }
+            write!(f, "{comma}{name}={}", text(value))?;
         }
         Ok(())
     }

@@ -61,16 +61,36 @@ pub fn for_each_block<C: Send, S: Send>(
         let rows = first..n_rows.min(first + block_rows);
         buffer.resize(rows.len() * n_cols, 0.0);
         delta.read_rows(rows.clone(), buffer)?;
-        if let Some(at) = first_not_finite(buffer) {
-            let (row, column) = (first + at / n_cols, at % n_cols);
-            return Err(Error::NotFinite { row, column, got: buffer[at] });
-        }
+        check_finite(buffer, first, n_cols)?;
         let Ok(block) = MatrixRef::new(buffer, rows.len(), n_cols) else {
             unreachable!("the buffer was sized for the block")
         };
         encode(block, codes, scales);
         Ok(())
     })
+}
+
+/// Reads rows of a delta widened to f64, `[rows.len(), in_features]`.
+///
+/// # Errors
+/// When they cannot be read or hold NaN or ∞.
+pub fn read_wide(delta: &dyn DeltaSource, rows: Range<usize>) -> Result<Vec<f64>> {
+    let n_cols = delta.shape()[1];
+    let mut narrow = vec![0.0; rows.len() * n_cols];
+    delta.read_rows(rows.clone(), &mut narrow)?;
+    check_finite(&narrow, rows.start, n_cols)?;
+    Ok(narrow.into_iter().map(f64::from).collect())
+}
+
+/// Checks rows from `first` on.
+fn check_finite(weights: &[f32], first: usize, n_cols: usize) -> Result<()> {
+    match first_not_finite(weights) {
+        None => Ok(()),
+        Some(at) => {
+            let (row, column) = (first + at / n_cols, at % n_cols);
+            Err(Error::NotFinite { row, column, got: weights[at] })
+        }
+    }
 }
 
 /// The first NaN or ∞. Looks at whole chunks first, which compiles to vector code.

@@ -52,6 +52,11 @@ impl CodecSpec {
         &self.options
     }
 
+    /// [`Codec::claimed_bits`] with these options; 0 for a shape without weights.
+    pub fn claimed_bits(&self, shape: [usize; 2]) -> f64 {
+        if shape.contains(&0) { 0.0 } else { self.codec.claimed_bits(&self.options, shape) }
+    }
+
     /// [`Codec::encode`] with these options.
     ///
     /// # Errors
@@ -93,12 +98,21 @@ impl FromStr for CodecSpec {
         let mut given = Map::new();
         for pair in rest.split(',').filter(|pair| !pair.is_empty()) {
             let (option, value) = pair.split_once('=').unwrap_or((pair, ""));
-            let value = value.parse::<u64>().map_or_else(|_| Value::from(value), Value::from);
+            let value = value_of(value);
             let option = option.replace('-', "_");
             if given.insert(option.clone(), value).is_some() {
                 return Err(Error::RepeatedOption { option });
             }
         }
         Self::new(name, &given)
+    }
+}
+
+/// A value as it is written: a whole number, a finite number, or else a word.
+fn value_of(text: &str) -> Value {
+    match (text.parse::<u64>(), text.parse::<f64>()) {
+        (Ok(whole), _) => whole.into(),
+        (_, Ok(number)) if number.is_finite() => number.into(),
+        _ => text.into(),
     }
 }

@@ -18,6 +18,7 @@ use onebase_tensor::{
 };
 use rand_distr::{Distribution, StandardNormal};
 use safetensors::tensor::TensorView;
+use serde_json::Map;
 
 const SHAPES: [[usize; 2]; 9] =
     [[1, 1], [1, 40], [40, 1], [7, 15], [0, 5], [5, 0], [33, 100], [16, 128], [20, 300]];
@@ -31,6 +32,7 @@ fn specs() -> Vec<CodecSpec> {
         for option in codec.options() {
             let values: Vec<String> = match option.kind {
                 Kind::Int { min, max, .. } => vec![min.to_string(), max.to_string()],
+                Kind::Number { min, max, .. } => vec![min.to_string(), max.to_string()],
                 Kind::Choice(words) => words[1..].iter().map(|w| (*w).to_owned()).collect(),
             };
             texts.extend(values.iter().map(|v| format!("{}:{}={v}", codec.name(), option.name)));
@@ -85,6 +87,43 @@ fn options_round_trip_through_text_and_manifest() {
     }
 }
 
+/// Of a number, every notation is the same option, and its value comes back from
+/// text and manifest to the last bit.
+#[test]
+fn numbers_have_one_form() {
+    for (codec, option) in CODECS.iter().flat_map(|c| c.options().iter().map(move |o| (c, o))) {
+        let Kind::Number { min, max, default } = option.kind else { continue };
+        assert_eq!(option.default_text(), default.to_string());
+        let parse = |value: &str| {
+            format!("{}:{}={value}", codec.name(), option.name).parse::<CodecSpec>().unwrap()
+        };
+        for whole in [min.ceil(), max.floor()].into_iter().filter(|w| (min..=max).contains(w)) {
+            let number = parse(&format!("{whole:.1}"));
+            assert!(number.to_string().contains(&format!("{}={whole}", option.name)), "{number}");
+            assert_eq!(number.options(), parse(&format!("{whole}")).options(), "{number}");
+            assert_eq!(number.options(), parse(&format!("{whole:e}")).options(), "{number}");
+            #[allow(clippy::cast_possible_truncation)]
+            let given = Map::from_iter([(option.name.to_owned(), (whole as i64).into())]);
+            let record = CodecSpec::from_record(codec.name(), codec.version(), &given).unwrap();
+            assert_eq!(record.options().to_json(), number.options().to_json());
+        }
+        for step in 0..1000 {
+            let value = min + (max - min) * f64::from(step) / 999.7;
+            let spec = parse(&value.to_string());
+            assert_eq!(spec.options().number(option.name).to_bits(), value.to_bits());
+            let manifest = serde_json::to_string(spec.options().to_json()).unwrap();
+            let given = serde_json::from_str(&manifest).unwrap();
+            let record = CodecSpec::from_record(codec.name(), codec.version(), &given).unwrap();
+            assert_eq!(record.options(), spec.options(), "{manifest}");
+        }
+        let (below, above) = (min.next_down().to_string(), max.next_up().to_string());
+        for bad in [&below, &above, "NaN", "nan", "inf", "-inf", "infinity", "1e999", "-1e999"] {
+            let got = format!("{}:{}={bad}", codec.name(), option.name).parse::<CodecSpec>();
+            assert!(matches!(got, Err(Error::BadOption { .. })), "{} {bad}", option.name);
+        }
+    }
+}
+
 #[test]
 fn unknown_names_and_bad_values_are_refused() {
     for (text, meant) in [("sgin", "`sign`"), ("rnt:bits=2", "`rtn`"), ("dens", "`dense`")] {
@@ -100,7 +139,9 @@ fn unknown_names_and_bad_values_are_refused() {
             let pair = format!("{}={}", option.name, value.as_str().unwrap_or(&value.to_string()));
             let twice = format!("{}:{pair},{pair}", codec.name()).parse::<CodecSpec>();
             assert!(matches!(twice, Err(Error::RepeatedOption { .. })), "{pair}");
-            for bad in ["", "-1", "99999999", "3.5", "nonsense"] {
+            let number = matches!(option.kind, Kind::Number { .. });
+            let fraction = if number { "nan" } else { "3.5" };
+            for bad in ["", "-1", "99999999", fraction, "nonsense"] {
                 let got = format!("{}:{}={bad}", codec.name(), option.name).parse::<CodecSpec>();
                 assert!(matches!(got, Err(Error::BadOption { .. })), "{} {bad}", option.name);
             }
@@ -200,6 +241,20 @@ fn size_is_the_bytes_that_are_written() {
         let delta = encode(&spec, &gaussian("w", 33 * 100, 0.01), [33, 100]);
         let written: usize = delta.parts.values().map(|p| p.data().to_le_bytes().len()).sum();
         assert_eq!(delta.size_bytes(), written, "{spec}");
+    }
+}
+
+/// The claim counts a part of the bytes that are written, never more.
+#[test]
+fn claimed_bits_are_not_above_the_bits_of_the_parts() {
+    for spec in specs() {
+        for shape @ [rows, cols] in SHAPES.into_iter().chain([[64, 512], [512, 64]]) {
+            let claimed = spec.claimed_bits(shape);
+            let delta = encode(&spec, &gaussian("w", rows * cols, 0.01), shape);
+            let bits = effective_bits(delta.size_bytes() as u64, (rows * cols) as u64);
+            assert!(claimed >= 0.0 && claimed <= bits * (1.0 + 1e-9), "{spec} {shape:?}");
+            assert_eq!(claimed == 0.0, rows * cols == 0, "{spec} {shape:?}");
+        }
     }
 }
 

@@ -37,6 +37,10 @@ impl Codec for Dense {
         }]
     }
 
+    fn claimed_bits(&self, options: &Options, _: [usize; 2]) -> f64 {
+        if options.choice("dtype") == "bf16" { 16.0 } else { 32.0 }
+    }
+
     fn encode(&self, options: &Options, delta: &dyn DeltaSource) -> Result<EncodedDelta> {
         let shape @ [n_rows, n_cols] = delta.shape();
         let mut rows = vec![(); n_rows];

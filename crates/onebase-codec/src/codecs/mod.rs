@@ -14,4 +14,5 @@ codecs! {
     dense::Dense,
     rtn::Rtn,
     sign::Sign,
+    low_rank::LowRank,
 }

@@ -47,6 +47,11 @@ impl Codec for Rtn {
         ]
     }
 
+    #[allow(clippy::cast_precision_loss)]
+    fn claimed_bits(&self, options: &Options, _: [usize; 2]) -> f64 {
+        options.int("bits") as f64
+    }
+
     fn encode(&self, options: &Options, delta: &dyn DeltaSource) -> Result<EncodedDelta> {
         let layout = Layout::new(options, delta.shape());
         let backend = Backend::active();

@@ -41,6 +41,10 @@ impl Codec for Sign {
         }]
     }
 
+    fn claimed_bits(&self, _: &Options, _: [usize; 2]) -> f64 {
+        1.0
+    }
+
     fn encode(&self, options: &Options, delta: &dyn DeltaSource) -> Result<EncodedDelta> {
         let shape @ [n_rows, n_cols] = delta.shape();
         let plane = plane_bytes(n_cols);

@@ -29,9 +29,7 @@ pub(crate) fn run(output: &Output) -> anyhow::Result<()> {
             let first = [codec.name(), "", "", codec.summary()];
             rows.push(first.map(str::to_owned).to_vec());
             for option in codec.options() {
-                let default = option.default_value();
-                let default = default.as_str().map_or_else(|| default.to_string(), str::to_owned);
-                let values = format!("{} [{default}]", option.expected());
+                let values = format!("{} [{}]", option.expected(), option.default_text());
                 rows.push(vec![String::new(), option.name.into(), values, option.doc.into()]);
             }
         }

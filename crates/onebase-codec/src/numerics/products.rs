@@ -1,0 +1,68 @@
+//! Products of dense f64 matrices, computed by the crate `faer` on the
+//! calling thread.
+
+use faer::linalg::matmul::matmul;
+use faer::{Accum, MatMut, MatRef, Par};
+
+/// The product `a b` of row-major matrices `[m, k]` and `[k, n]`: `[m, n]`.
+///
+/// Panics when a length is not the product of its shape.
+pub fn product(a: &[f64], b: &[f64], [m, k, n]: [usize; 3]) -> Vec<f64> {
+    let (a, b) = (MatRef::from_row_major_slice(a, m, k), MatRef::from_row_major_slice(b, k, n));
+    multiply(a, b)
+}
+
+/// The product `a bᵀ` of row-major matrices `[m, k]` and `[n, k]`: `[m, n]`.
+///
+/// Panics when a length is not the product of its shape.
+pub fn product_transposed(a: &[f64], b: &[f64], [m, k, n]: [usize; 3]) -> Vec<f64> {
+    let (a, b) = (MatRef::from_row_major_slice(a, m, k), MatRef::from_row_major_slice(b, n, k));
+    multiply(a, b.transpose())
+}
+
+/// The Gram matrix of the shorter side of `a`, `[rows, cols]`, row-major: `A Aᵀ`
+/// or, where there are fewer columns than rows, `Aᵀ A`; and its size. Its
+/// eigenvalues are the squared singular values of `a`.
+///
+/// Panics when the length is not the product.
+pub fn gram(a: &[f64], [n_rows, n_cols]: [usize; 2]) -> (Vec<f64>, usize) {
+    let a = MatRef::from_row_major_slice(a, n_rows, n_cols);
+    let n = n_rows.min(n_cols);
+    (if n_rows <= n_cols { multiply(a, a.transpose()) } else { multiply(a.transpose(), a) }, n)
+}
+
+/// Adds `Aᵀ A` of `a`, `[rows, n]`, row-major, to `sum`, `[n, n]`: the Gram matrix of
+/// the columns of a matrix that is read by blocks of rows.
+///
+/// Panics when a length is not the product of its shape.
+pub fn add_gram_of_columns(a: &[f64], [n_rows, n]: [usize; 2], sum: &mut [f64]) {
+    let a = MatRef::from_row_major_slice(a, n_rows, n);
+    let sum = MatMut::from_row_major_slice_mut(sum, n, n);
+    matmul(sum, Accum::Add, a.transpose(), a, 1.0, Par::Seq);
+}
+
+fn multiply(a: MatRef<'_, f64>, b: MatRef<'_, f64>) -> Vec<f64> {
+    let mut out = vec![0.0; a.nrows() * b.ncols()];
+    let target = MatMut::from_row_major_slice_mut(&mut out, a.nrows(), b.ncols());
+    matmul(target, Accum::Replace, a, b, 1.0, Par::Seq);
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn products_and_gram_matrices_by_hand() {
+        let a = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0];
+        assert_eq!(product(&a, &[1.0, 0.0, -1.0], [2, 3, 1]), [-2.0, -2.0]);
+        assert_eq!(product_transposed(&a, &[1.0, 0.0, -1.0], [2, 3, 1]), [-2.0, -2.0]);
+        assert_eq!(gram(&a, [2, 3]), (vec![14.0, 32.0, 32.0, 77.0], 2));
+        assert_eq!(gram(&a, [3, 2]), (vec![35.0, 44.0, 44.0, 56.0], 2));
+        assert_eq!(gram(&[], [0, 3]), (vec![], 0));
+        let mut sum = vec![0.0; 4];
+        add_gram_of_columns(&a[..4], [2, 2], &mut sum);
+        add_gram_of_columns(&a[4..], [1, 2], &mut sum);
+        assert_eq!(sum, [35.0, 44.0, 44.0, 56.0]);
+    }
+}
