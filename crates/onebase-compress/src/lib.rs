@@ -14,11 +14,12 @@ mod verify;
 
 pub use compress::compress;
 pub use error::Error;
-pub use pair::Pair;
+pub use model_card::updated_model_card;
+pub use pair::{Pair, TensorDelta};
 pub use plan::{Plan, TablePlan};
 pub use progress::{Progress, Silent};
 pub use restore::restore;
-pub use verify::{Verified, verify};
+pub use verify::{Verified, prepared, verify};
 
 /// The result of this crate's operations.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

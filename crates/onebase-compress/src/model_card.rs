@@ -1,20 +1,44 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-use onebase_format::artifact::{Manifest, Sizes, Storage};
+use onebase_format::artifact::{Manifest, Quality, Sizes, Storage};
 use onebase_tensor::{DType, effective_bits};
+
+/// What stands before and after the figures, so that they can be replaced in a
+/// card that somebody has edited.
+const BEGIN: &str = "<!-- onebase: figures -->\n";
+const END: &str = "<!-- onebase: end -->\n";
 
 /// The model card of an artifact, with the front matter that model hubs read.
 pub(crate) fn model_card(manifest: &Manifest, sizes: &Sizes) -> String {
     let Manifest { fine_tune, base, tool, .. } = manifest;
-    let mut text = format!(
+    format!(
         "---\nbase_model: {base}\nlibrary_name: onebase\ntags:\n- onebase\n- delta\n---\n\n\
          # {fine_tune}, as a delta of {base}\n\n\
          Written by {tool}. It is only valid on the exact base whose tensors' digests\n\
          `onebase.json` lists.\n\n\
-         | | |\n|---|---|\n",
+         {BEGIN}{figures}{END}\n\
+         ```\nonebase verify BASE .\nonebase generate BASE --delta {fine_tune}=. -p '…'\n```\n",
         base = base.name,
-    );
+        figures = figures(manifest, sizes),
+    )
+}
+
+/// A card with its figures brought up to date and everything else as it is; a new
+/// card where there is none.
+pub fn updated_model_card(manifest: &Manifest, sizes: &Sizes, previous: Option<&str>) -> String {
+    let Some(card) = previous else { return model_card(manifest, sizes) };
+    let figures = format!("{BEGIN}{}{END}", figures(manifest, sizes));
+    match (card.find(BEGIN), card.find(END)) {
+        (Some(begin), Some(end)) if begin < end => {
+            format!("{}{figures}{}", &card[..begin], &card[end + END.len()..])
+        }
+        _ => format!("{}\n\n{figures}", card.trim_end()),
+    }
+}
+
+fn figures(manifest: &Manifest, sizes: &Sizes) -> String {
+    let mut text = String::from("| | |\n|---|---|\n");
     let original = manifest.tensors.values().map(|t| {
         let size = t.dtype.parse::<DType>().map_or(0, DType::size_bytes);
         (t.shape.iter().product::<usize>() * size) as u64
@@ -34,10 +58,68 @@ pub(crate) fn model_card(manifest: &Manifest, sizes: &Sizes) -> String {
     for (method, count) in methods(manifest) {
         row(&format!("tensors stored as {method}"), count.to_string());
     }
-    let _ = write!(
-        text,
-        "\n```\nonebase verify BASE .\nonebase generate BASE --delta {fine_tune}=. -p '…'\n```\n"
+    if let Some(quality) = &manifest.quality {
+        text.push_str(&quality_figures(quality));
+    }
+    text
+}
+
+/// What was measured of an artifact, as tables.
+fn quality_figures(quality: &Quality) -> String {
+    let percent = |share: f64| format!("{:.1} %", 100.0 * share);
+    let percent_of = |share: Option<f64>| share.map_or_else(|| "–".to_owned(), percent);
+    let number = |value: Option<f64>| value.map_or_else(|| "–".to_owned(), |v| format!("{v:.4}"));
+    let mut text = format!(
+        "\nCompared with {} (measured by {}, seed {}). Skill kept is (compressed − base) ÷ (fine-tune − base), \
+         with its 95 % interval; KL is the mean divergence of the next-token distribution from the fine-tune's, in nats.\n",
+        quality.reference, quality.tool, quality.seed
     );
+    if !quality.tasks.is_empty() {
+        text.push_str(
+            "\n| test | questions | base | fine-tune | compressed | skill kept | KL | same likeliest token |\n\
+             |---|---|---|---|---|---|---|---|\n",
+        );
+    }
+    for task in &quality.tasks {
+        let kept = match (task.skill_kept, task.skill_kept_ci) {
+            (Some(kept), Some([low, high])) => {
+                format!("{} ({} to {})", percent(kept), percent(low), percent(high))
+            }
+            (kept, _) => percent_of(kept),
+        };
+        let _ = writeln!(
+            text,
+            "| {} | {} | {} | {} | {} | {kept} | {} | {} |",
+            task.name.replace('|', "\\|"),
+            task.n,
+            percent(task.base),
+            percent(task.finetune),
+            percent_of(task.compressed),
+            number(task.kl_mean),
+            percent_of(task.top1_agreement),
+        );
+    }
+    if let Some(perplexity) = &quality.perplexity {
+        let _ = writeln!(
+            text,
+            "\nPerplexity on {} ({} tokens, {} at a time): base {}, fine-tune {:.4}, compressed {}.",
+            perplexity.name,
+            perplexity.n_tokens,
+            perplexity.window_tokens,
+            number(perplexity.base),
+            perplexity.finetune,
+            number(perplexity.compressed),
+        );
+    }
+    if let Some(error) = quality.error {
+        let output = error.output.map(|e| format!(", of its outputs {e:.4}"));
+        let _ = writeln!(
+            text,
+            "\nRelative squared error of the linear sites' delta: {:.4}{}.",
+            error.weight,
+            output.unwrap_or_default(),
+        );
+    }
     text
 }
 

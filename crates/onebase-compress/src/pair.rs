@@ -47,10 +47,24 @@ impl Pair {
     pub fn fine_tune(&self) -> &Checkpoint {
         &self.fine_tune
     }
+
+    /// The fine-tune's tensors, in the order of the forward pass.
+    pub fn specs(&self) -> &[TensorSpec] {
+        &self.specs
+    }
+
+    /// The delta of a matrix, to be read by rows.
+    ///
+    /// # Errors
+    /// When one of the two has no such tensor.
+    pub fn delta(&self, tensor: &str) -> Result<TensorDelta<'_>> {
+        Ok(TensorDelta::new(self.base.tensor(tensor)?, self.fine_tune.tensor(tensor)?))
+    }
 }
 
 /// The delta of one matrix over the rows that the base has.
-pub(crate) struct TensorDelta<'a> {
+#[derive(Debug)]
+pub struct TensorDelta<'a> {
     pub(crate) base: Tensor<'a>,
     pub(crate) fine_tune: Tensor<'a>,
     shape: [usize; 2],
@@ -64,7 +78,7 @@ impl<'a> TensorDelta<'a> {
     }
 
     /// Turns a codec's complaint about a weight into one that names its file.
-    pub(crate) fn explain(&self, error: onebase_codec::Error) -> Error {
+    pub fn explain(&self, error: onebase_codec::Error) -> Error {
         let tensor = self.fine_tune.name().to_owned();
         if let onebase_codec::Error::NotFinite { row, column, .. } = error {
             for side in [&self.base, &self.fine_tune] {

@@ -89,7 +89,10 @@ pub(crate) fn fine_tune_specs(base: &Checkpoint, artifact: &Artifact) -> Result<
 }
 
 /// A tensor's delta, ready to decode; `None` when it is not stored as one.
-pub(crate) fn prepared(artifact: &Artifact, tensor: &str) -> Result<Option<Box<dyn DeltaLinear>>> {
+///
+/// # Errors
+/// When a part is missing or not what the codec wrote.
+pub fn prepared(artifact: &Artifact, tensor: &str) -> Result<Option<Box<dyn DeltaLinear>>> {
     let Some((record, delta)) = artifact.delta(tensor)? else { return Ok(None) };
     CodecSpec::from_record(&record.name, record.version, &record.options)
         .and_then(|spec| spec.prepare(delta))

@@ -29,13 +29,9 @@ impl StagedFolder {
         if target.symlink_metadata().is_ok() {
             return Err(Error::Exists { path: target.to_owned() });
         }
-        let Some(name) = target.file_name() else {
+        let Some(staging) = partial(target) else {
             return Err(Error::Exists { path: target.to_owned() });
         };
-        let mut partial = std::ffi::OsString::from(".");
-        partial.push(name);
-        partial.push(".partial");
-        let staging = target.with_file_name(partial);
         std::fs::create_dir_all(&staging).map_err(Error::io("create", &staging))?;
         let lock_path = staging.join(LOCK);
         let lock = File::options()
@@ -72,9 +68,8 @@ impl StagedFolder {
     /// When it cannot be written.
     pub fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
         let path = self.path(name);
-        let mut file = File::create_new(&path).map_err(Error::io("create", &path))?;
-        std::io::Write::write_all(&mut file, bytes).map_err(Error::io("write", &path))?;
-        file.sync_all().map_err(Error::io("write", &path))
+        let file = File::create_new(&path).map_err(Error::io("create", &path))?;
+        fill(file, &path, bytes)
     }
 
     /// Gives the folder its name.
@@ -89,10 +84,7 @@ impl StagedFolder {
         let _lock = self.lock.take();
         let lock_path = self.target.join(LOCK);
         std::fs::remove_file(&lock_path).map_err(Error::io("remove", &lock_path))?;
-        match self.target.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => sync_dir(parent),
-            _ => sync_dir(Path::new(".")),
-        }
+        sync_dir(parent(&self.target))
     }
 }
 
@@ -102,6 +94,48 @@ impl Drop for StagedFolder {
             // The error that led here is the one to report.
             let _ = std::fs::remove_dir_all(&self.staging);
         }
+    }
+}
+
+/// Writes a whole file in place of the one that may be there: it has either its
+/// old or its new contents, whatever interrupts.
+///
+/// # Errors
+/// When it cannot be written; it is then as it was.
+pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
+    let Some(partial) = partial(path) else {
+        return Err(Error::io("write", path)(std::io::ErrorKind::InvalidFilename.into()));
+    };
+    let file = File::create(&partial).map_err(Error::io("create", &partial))?;
+    let written = fill(file, &partial, bytes)
+        .and_then(|()| std::fs::rename(&partial, path).map_err(Error::io("rename", &partial)));
+    if written.is_err() {
+        // The error that led here is the one to report.
+        let _ = std::fs::remove_file(&partial);
+    }
+    written?;
+    sync_dir(parent(path))
+}
+
+fn fill(mut file: File, path: &Path, bytes: &[u8]) -> Result<()> {
+    std::io::Write::write_all(&mut file, bytes).map_err(Error::io("write", path))?;
+    file.sync_all().map_err(Error::io("write", path))
+}
+
+/// Where something lies until it is complete, `.NAME.partial`; `None` where the
+/// path ends in no name.
+fn partial(path: &Path) -> Option<PathBuf> {
+    let mut partial = std::ffi::OsString::from(".");
+    partial.push(path.file_name()?);
+    partial.push(".partial");
+    Some(path.with_file_name(partial))
+}
+
+/// The folder around a path.
+fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
     }
 }
 
@@ -131,6 +165,20 @@ mod tests {
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
         assert_eq!(std::fs::read_dir(&target).unwrap().count(), 1);
         assert!(matches!(StagedFolder::create(&target), Err(Error::Exists { .. })));
+    }
+
+    #[test]
+    fn a_file_is_replaced_as_a_whole_or_not_at_all() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a");
+        write_file(&path, b"old").unwrap();
+        write_file(&path, b"new").unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"new");
+        let folder = dir.path().join("folder");
+        std::fs::create_dir_all(folder.join("full")).unwrap();
+        assert!(matches!(write_file(&folder, b"x"), Err(Error::Io { .. })));
+        assert!(folder.join("full").is_dir());
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2, "nothing else is left");
     }
 
     #[test]

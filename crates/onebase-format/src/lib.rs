@@ -13,7 +13,7 @@ mod map;
 mod safetensors_file;
 mod tensor_writer;
 
-pub use atomic::StagedFolder;
+pub use atomic::{StagedFolder, write_file};
 pub use checkpoint::{CONFIG_FILE, Checkpoint, SIDE_FILES, Tensor};
 pub use digest::Digest;
 pub use error::Error;

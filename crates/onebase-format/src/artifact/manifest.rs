@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::Quality;
 use crate::Digest;
 
 /// The manifest's file name.
@@ -41,6 +42,9 @@ pub struct Manifest {
     pub inherited: BTreeMap<String, Digest>,
     /// Every tensor of the fine-tune.
     pub tensors: BTreeMap<String, TensorRecord>,
+    /// How much of the fine-tune was kept, once that was measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quality: Option<Quality>,
 }
 
 /// The base model of an artifact.
@@ -174,29 +178,34 @@ impl TensorRecord {
 }
 
 impl Manifest {
-    /// JSON with a line per entry: readable, and not much longer than compact.
+    /// [`manifest_text`] of this manifest.
     pub(crate) fn to_json(&self) -> serde_json::Result<String> {
         let Value::Object(fields) = serde_json::to_value(self)? else {
             unreachable!("a struct is an object")
         };
-        let mut text = String::from("{\n");
-        for (i, (key, value)) in fields.iter().enumerate() {
-            let _ = write!(text, "{}: ", serde_json::to_string(key)?);
-            match value {
-                Value::Object(entries) if !entries.is_empty() => {
-                    text.push_str("{\n");
-                    for (j, (name, entry)) in entries.iter().enumerate() {
-                        let comma = if j + 1 < entries.len() { "," } else { "" };
-                        let name = serde_json::to_string(name)?;
-                        let entry = serde_json::to_string(entry)?;
-                        let _ = writeln!(text, " {name}: {entry}{comma}");
-                    }
-                    text.push('}');
-                }
-                other => text.push_str(&serde_json::to_string(other)?),
-            }
-            text.push_str(if i + 1 < fields.len() { ",\n" } else { "\n}\n" });
-        }
-        Ok(text)
+        manifest_text(&fields)
     }
+}
+
+/// JSON with a line per entry: readable, and not much longer than compact.
+pub(super) fn manifest_text(fields: &Map<String, Value>) -> serde_json::Result<String> {
+    let mut text = String::from("{\n");
+    for (i, (key, value)) in fields.iter().enumerate() {
+        let _ = write!(text, "{}: ", serde_json::to_string(key)?);
+        match value {
+            Value::Object(entries) if !entries.is_empty() => {
+                text.push_str("{\n");
+                for (j, (name, entry)) in entries.iter().enumerate() {
+                    let comma = if j + 1 < entries.len() { "," } else { "" };
+                    let name = serde_json::to_string(name)?;
+                    let entry = serde_json::to_string(entry)?;
+                    let _ = writeln!(text, " {name}: {entry}{comma}");
+                }
+                text.push('}');
+            }
+            other => text.push_str(&serde_json::to_string(other)?),
+        }
+        text.push_str(if i + 1 < fields.len() { ",\n" } else { "\n}\n" });
+    }
+    Ok(text)
 }

@@ -5,12 +5,15 @@
 //! files hold the parts. See `SPEC.md` for the layout.
 
 mod manifest;
+mod quality;
 mod reader;
+mod record;
 mod writer;
 
 pub use manifest::{
     BaseRecord, CodecRecord, FORMAT, FORMAT_VERSION, FileRecord, MANIFEST_FILE, MODEL_CARD_FILE,
     Manifest, Role, Storage, TensorRecord,
 };
+pub use quality::{DeltaError, Perplexity, Quality, TaskQuality};
 pub use reader::{Artifact, ExactTensor, Sizes};
 pub use writer::{ArtifactWriter, Origin};

@@ -59,6 +59,7 @@ impl ArtifactWriter {
                 files: BTreeMap::new(),
                 inherited: BTreeMap::new(),
                 tensors: BTreeMap::new(),
+                quality: None,
             },
             linear: Files::new(LINEAR_PREFIX),
             rest: Files::new("rest-"),
@@ -160,22 +161,32 @@ impl ArtifactWriter {
             .manifest
             .to_json()
             .map_err(|source| Error::Json { path: self.folder.path(MANIFEST_FILE), source })?;
-        // The card states the total, which depends on how long the card is.
-        let mut card = String::new();
-        let mut sizes = Sizes::new(&self.manifest, json.len() as u64);
-        for _ in 0..4 {
-            sizes = Sizes::new(&self.manifest, (json.len() + card.len()) as u64);
-            let next = model_card(&self.manifest, &sizes);
-            if next == card {
-                break;
-            }
-            card = next;
-        }
+        let (card, sizes) =
+            settle_card(&self.manifest, json.len(), |sizes| model_card(&self.manifest, sizes));
         self.folder.write(MODEL_CARD_FILE, card.as_bytes())?;
         self.folder.write(MANIFEST_FILE, json.as_bytes())?;
         self.folder.commit()?;
         Ok((self.manifest, sizes))
     }
+}
+
+/// A model card that states the folder's sizes, its own included, and the sizes.
+pub(super) fn settle_card(
+    manifest: &Manifest,
+    manifest_bytes: usize,
+    model_card: impl Fn(&Sizes) -> String,
+) -> (String, Sizes) {
+    let mut card = String::new();
+    let mut sizes = Sizes::new(manifest, manifest_bytes as u64);
+    for _ in 0..4 {
+        sizes = Sizes::new(manifest, (manifest_bytes + card.len()) as u64);
+        let next = model_card(&sizes);
+        if next == card {
+            break;
+        }
+        card = next;
+    }
+    (card, sizes)
 }
 
 /// The bytes of a tensor of this shape as a part.
