@@ -4,6 +4,7 @@ use rayon::prelude::*;
 
 use crate::decoder::Layer;
 use crate::linear::{RowGroup, SiteDelta};
+use crate::observer::{Nobody, Observer, SiteInput};
 use crate::rope::rotate;
 use crate::tenant::TableDelta;
 use crate::{Error, KvCache, Model, ModelConfig, Result, Tenant};
@@ -97,6 +98,18 @@ impl Model {
     /// # Errors
     /// When a token is outside the vocabulary; nothing was run then.
     pub fn forward(&self, segments: &mut [Segment<'_>]) -> Result<Vec<Vec<f32>>> {
+        self.forward_observed(segments, &mut Nobody)
+    }
+
+    /// [`Model::forward`], with the inputs of linear sites shown to `observer`.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn forward_observed(
+        &self,
+        segments: &mut [Segment<'_>],
+        observer: &mut dyn Observer,
+    ) -> Result<Vec<Vec<f32>>> {
         for segment in segments.iter() {
             let vocab_size = segment.tenant.map_or(&self.config, Tenant::config).vocab_size;
             if let Some(token) = segment.tokens.iter().find(|t| **t as usize >= vocab_size) {
@@ -110,8 +123,8 @@ impl Model {
         let mut pass = Pass::new(self, batch);
         pass.embed();
         for (index, layer) in self.decoder.layers.iter().enumerate() {
-            pass.attention(index, layer, segments);
-            pass.feed_forward(index, layer);
+            pass.attention(index, layer, segments, observer);
+            pass.feed_forward(index, layer, observer);
         }
         for segment in segments.iter_mut() {
             segment.cache.advance(segment.tokens.len());
@@ -236,6 +249,7 @@ impl<'m, 'a> Pass<'m, 'a> {
         index: usize,
         layer: &Layer<crate::linear::Linear, Vec<f32>>,
         segments: &mut [Segment<'_>],
+        observer: &mut dyn Observer,
     ) {
         let n = self.batch.rows.len();
         let backend = self.model.backend;
@@ -244,6 +258,7 @@ impl<'m, 'a> Pass<'m, 'a> {
             |t: &'a Tenant| -> &'a Layer<SiteDelta, Option<Vec<f32>>> { &t.decoder.layers[index] };
         let groups = &self.batch.groups;
         let x = matrix(&self.x, n);
+        observer.observe(index, SiteInput::Attention, x);
         layer.q.apply(backend, groups, |t| &site(t).q, x, matrix_mut(&mut self.q, n));
         layer.k.apply(backend, groups, |t| &site(t).k, x, matrix_mut(&mut self.k, n));
         layer.v.apply(backend, groups, |t| &site(t).v, x, matrix_mut(&mut self.v, n));
@@ -260,6 +275,7 @@ impl<'m, 'a> Pass<'m, 'a> {
         self.attend(index, segments);
         let groups = &self.batch.groups;
         let x = matrix(&self.attended, n);
+        observer.observe(index, SiteInput::AttentionOutput, x);
         layer.o.apply(backend, groups, |t| &site(t).o, x, matrix_mut(&mut self.out, n));
         add_assign(&mut self.stream, &self.out);
     }
@@ -333,7 +349,12 @@ impl<'m, 'a> Pass<'m, 'a> {
         }
     }
 
-    fn feed_forward(&mut self, index: usize, layer: &Layer<crate::linear::Linear, Vec<f32>>) {
+    fn feed_forward(
+        &mut self,
+        index: usize,
+        layer: &Layer<crate::linear::Linear, Vec<f32>>,
+        observer: &mut dyn Observer,
+    ) {
         let n = self.batch.rows.len();
         let backend = self.model.backend;
         self.norm(&layer.post_norm, |t| &t.decoder.layers[index].post_norm);
@@ -341,6 +362,7 @@ impl<'m, 'a> Pass<'m, 'a> {
             |t: &'a Tenant| -> &'a Layer<SiteDelta, Option<Vec<f32>>> { &t.decoder.layers[index] };
         let groups = &self.batch.groups;
         let x = matrix(&self.x, n);
+        observer.observe(index, SiteInput::FeedForward, x);
         layer.gate.apply(backend, groups, |t| &site(t).gate, x, matrix_mut(&mut self.gate, n));
         layer.up.apply(backend, groups, |t| &site(t).up, x, matrix_mut(&mut self.up, n));
         if self.gate.len() < WORTH_A_THREAD {
@@ -352,6 +374,7 @@ impl<'m, 'a> Pass<'m, 'a> {
                 .for_each(|(gate, up)| silu_mul(gate, up));
         }
         let x = matrix(&self.gate, n);
+        observer.observe(index, SiteInput::FeedForwardOutput, x);
         layer.down.apply(backend, groups, |t| &site(t).down, x, matrix_mut(&mut self.out, n));
         add_assign(&mut self.stream, &self.out);
     }

@@ -1,4 +1,5 @@
 use std::collections::VecDeque;
+use std::time::{Duration, Instant};
 
 use crate::{
     Error, KvCache, Logits, Model, Result, Sampler, SamplingParams, Segment, Tenant, Tokenizer,
@@ -66,6 +67,12 @@ pub struct Generation {
     pub n_prompt_tokens: usize,
     /// Tokens that were chosen.
     pub n_new_tokens: usize,
+    /// Chosen tokens that were run in turn: all but the last of each answer.
+    pub n_decode_tokens: usize,
+    /// Time of the steps, shared out by tokens where a step ran both kinds.
+    pub prefill_time: Duration,
+    /// The same for chosen tokens.
+    pub decode_time: Duration,
 }
 
 /// A request being answered.
@@ -156,7 +163,8 @@ pub fn generate(
             waiting.push_back(index);
         }
     }
-    let (mut n_prompt_tokens, mut n_new_tokens) = (0, 0);
+    let (mut n_prompt_tokens, mut n_new_tokens, mut n_decode_tokens) = (0, 0, 0);
+    let (mut prefill_time, mut decode_time) = (Duration::ZERO, Duration::ZERO);
     let mut active: Vec<Sequence<'_>> = Vec::new();
     loop {
         while active.len() < batch_size.max(1)
@@ -178,8 +186,8 @@ pub fn generate(
         // Sequences that decode take one token each; prompts share the rest.
         let decoding = active.iter().filter(|s| !s.tokens.is_empty()).count();
         let mut room = STEP_TOKENS.saturating_sub(decoding).max(1);
-        let mut stepped = Vec::new();
-        let mut inputs = Vec::new();
+        let (mut stepped, mut inputs) = (Vec::new(), Vec::new());
+        let mut n_prefill = 0;
         for (i, sequence) in active.iter().enumerate() {
             let pending = sequence.pending();
             let take = if sequence.tokens.is_empty() { pending.len().min(room) } else { 1 };
@@ -188,11 +196,12 @@ pub fn generate(
             }
             if sequence.tokens.is_empty() {
                 room -= take;
-                n_prompt_tokens += take;
+                n_prefill += take;
             }
             stepped.push((i, take == pending.len()));
             inputs.push(pending[..take].to_vec());
         }
+        let start = Instant::now();
         let logits = {
             let mut steps = stepped.iter().zip(&inputs).peekable();
             let mut segments = Vec::new();
@@ -208,7 +217,14 @@ pub fn generate(
             }
             model.forward(&mut segments)?
         };
-        on_step(inputs.iter().map(Vec::len).sum());
+        let n_tokens: usize = inputs.iter().map(Vec::len).sum();
+        #[allow(clippy::cast_precision_loss)]
+        let prefill = start.elapsed().mul_f64(n_prefill as f64 / n_tokens as f64);
+        prefill_time += prefill;
+        decode_time += start.elapsed().saturating_sub(prefill);
+        n_prompt_tokens += n_prefill;
+        n_decode_tokens += n_tokens - n_prefill;
+        on_step(n_tokens);
         let mut ended = Vec::new();
         for ((i, complete), logits) in stepped.into_iter().zip(logits) {
             if !complete {
@@ -236,5 +252,12 @@ pub fn generate(
         .into_iter()
         .map(|c| c.unwrap_or_else(|| unreachable!("every request was answered")))
         .collect();
-    Ok(Generation { completions, n_prompt_tokens, n_new_tokens })
+    Ok(Generation {
+        completions,
+        n_prompt_tokens,
+        n_new_tokens,
+        n_decode_tokens,
+        prefill_time,
+        decode_time,
+    })
 }
