@@ -37,6 +37,10 @@ pub(crate) enum Command {
     Verify(VerifyArgs),
     /// Rebuild the fine-tune's checkpoint from base and artifact
     Restore(RestoreArgs),
+    /// Measure how much of a fine-tune's skill an artifact keeps
+    Eval(EvalArgs),
+    /// Sweep codecs over sizes and report what each keeps, as a page of charts
+    Compare(CompareArgs),
     /// Answer prompts with the base and any number of deltas, in one batch
     Generate(GenerateArgs),
     /// Compress the demo family with each codec, score it and ask it questions
@@ -92,6 +96,71 @@ pub(crate) struct RestoreArgs {
     pub(crate) out: PathBuf,
 }
 
+/// What is measured with.
+#[derive(Debug, clap::Args)]
+pub(crate) struct MeasureArgs {
+    /// Files of questions, JSON lines with `messages` or `prompt`, and `answer`
+    #[arg(long, num_args = 1.., value_name = "FILE.jsonl")]
+    pub(crate) tasks: Vec<PathBuf>,
+    /// A plain text for perplexity
+    #[arg(long, value_name = "FILE")]
+    pub(crate) text: Option<PathBuf>,
+    /// Tokens of that text that are run as one document [default: the context, at most 2048]
+    #[arg(long, value_name = "TOKENS", value_parser = positive, requires = "text")]
+    pub(crate) window: Option<usize>,
+    /// A plain text for activations: errors are then weighed by them too
+    #[arg(long, value_name = "FILE")]
+    pub(crate) calibration: Option<PathBuf>,
+    /// Seed of the intervals' resampling
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct EvalArgs {
+    /// Checkpoint folder of the base model
+    pub(crate) base: PathBuf,
+    /// Folder of the artifact; without one, base and fine-tune are measured alone
+    pub(crate) artifact: Option<PathBuf>,
+    /// Checkpoint folder of the fine-tune that the artifact was made from
+    #[arg(long, value_name = "FINETUNE")]
+    pub(crate) reference: PathBuf,
+    #[command(flatten)]
+    pub(crate) measure: MeasureArgs,
+    /// Write the results into the artifact and its model card
+    #[arg(long, requires = "artifact")]
+    pub(crate) record: bool,
+    /// List the error at every linear site
+    #[arg(long)]
+    pub(crate) sites: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct CompareArgs {
+    /// Checkpoint folder of the base model
+    pub(crate) base: PathBuf,
+    /// Checkpoint folder of the fine-tune
+    pub(crate) fine_tune: PathBuf,
+    /// Codecs to compare beside the baselines, NAME or NAME:OPTION=VALUE,…; all unless given
+    #[arg(long, num_args = 1.., value_name = "CODEC")]
+    pub(crate) codecs: Vec<String>,
+    /// Sizes for codecs that can choose, in bits per weight
+    #[arg(long, num_args = 1.., value_delimiter = ',', value_name = "BITS", value_parser = bits,
+        default_values_t = [0.25, 0.5, 1.0, 2.0, 3.0])]
+    pub(crate) bits: Vec<f64>,
+    /// How embeddings and head are stored: `exact`, or a codec; each one's own unless given
+    #[arg(long, value_parser = tables)]
+    pub(crate) embeddings: Option<TablePlan>,
+    #[command(flatten)]
+    pub(crate) measure: MeasureArgs,
+    /// The report, an HTML file; its data goes beside it with the ending `.json`
+    #[arg(short, long, default_value = "report.html", value_name = "FILE.html")]
+    pub(crate) out: PathBuf,
+    /// Keep the artifacts in this folder
+    #[arg(long, value_name = "DIR")]
+    pub(crate) keep: Option<PathBuf>,
+}
+
 #[derive(Debug, clap::Args)]
 pub(crate) struct GenerateArgs {
     /// Checkpoint folder of the base model
@@ -143,7 +212,7 @@ pub(crate) struct DemoArgs {
     #[arg(short, long)]
     pub(crate) out: Option<PathBuf>,
     /// Questions of each test
-    #[arg(long, default_value_t = 200)]
+    #[arg(long, default_value = "200", value_parser = positive)]
     pub(crate) questions: usize,
 }
 
@@ -187,6 +256,22 @@ fn codec(text: &str) -> Result<CodecSpec, String> {
 
 fn tables(text: &str) -> Result<TablePlan, String> {
     text.parse().map_err(|e| with_hint(&e))
+}
+
+fn positive(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) | Err(_) => Err("expected a number from 1 on".to_owned()),
+        Ok(n) => Ok(n),
+    }
+}
+
+fn bits(text: &str) -> Result<f64, String> {
+    let value: f64 = text.parse().map_err(|_| "expected a number".to_owned())?;
+    if value > 0.0 && value <= 32.0 {
+        Ok(value)
+    } else {
+        Err("expected a number above 0, at most 32".to_owned())
+    }
 }
 
 fn temperature(text: &str) -> Result<f32, String> {

@@ -3,7 +3,6 @@
 mod args;
 mod commands;
 mod output;
-mod tasks;
 
 use std::process::ExitCode;
 
@@ -46,6 +45,8 @@ fn run(args: Args) -> anyhow::Result<()> {
         Command::Inspect(args) => commands::inspect::run(&args, &output),
         Command::Verify(args) => commands::verify::run(&args, &output),
         Command::Restore(args) => commands::restore::run(&args, &output),
+        Command::Eval(args) => commands::eval::run(&args, &output),
+        Command::Compare(args) => commands::compare::run(&args, &output),
         Command::Generate(args) => commands::generate::run(&args, &output),
         Command::Demo(args) => commands::demo::run(&args, &output),
         Command::Codecs => commands::codecs::run(&output),

@@ -1,13 +1,14 @@
 //! Standard output, standard error, progress.
 
 use std::io::{IsTerminal, Write};
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context as _;
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use indicatif::{ProgressBar, ProgressStyle};
 use onebase_compress::Progress;
+use onebase_eval::Watcher;
 use serde::Serialize;
 
 /// Where results go: text for people, or one JSON object.
@@ -76,6 +77,9 @@ fn hint(error: &(dyn std::error::Error + 'static)) -> Option<String> {
     if let Some(e) = error.downcast_ref::<onebase_format::Error>() {
         return e.hint();
     }
+    if let Some(e) = error.downcast_ref::<onebase_eval::Error>() {
+        return e.hint();
+    }
     error.downcast_ref::<onebase_codec::Error>().and_then(onebase_codec::Error::hint)
 }
 
@@ -134,14 +138,49 @@ impl Drop for Bar {
     }
 }
 
-/// A count of things done, as a bar on standard error.
-pub(crate) fn count_bar(what: &str, total: usize) -> ProgressBar {
-    let bar = ProgressBar::new(total as u64);
-    if let Ok(style) = ProgressStyle::with_template("{prefix} {wide_bar} {pos}/{len} {eta} left") {
-        bar.set_style(style);
+/// One stretch of a long measurement after the other, each as a bar on standard
+/// error.
+#[derive(Debug)]
+pub(crate) struct Stages(Mutex<ProgressBar>);
+
+impl Stages {
+    pub(crate) fn new() -> Self {
+        Self(Mutex::new(ProgressBar::hidden()))
     }
-    bar.set_prefix(what.to_owned());
-    bar
+
+    fn with<T>(&self, act: impl FnOnce(&mut ProgressBar) -> T) -> T {
+        act(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Removes the bar.
+    pub(crate) fn finish(&self) {
+        self.with(|bar| bar.finish_and_clear());
+    }
+}
+
+impl Watcher for Stages {
+    fn begin(&self, what: &str, total: u64) {
+        self.with(|bar| {
+            bar.finish_and_clear();
+            *bar = ProgressBar::new(total);
+            let template = "{prefix} {wide_bar} {percent}% {eta} left";
+            if let Ok(style) = ProgressStyle::with_template(template) {
+                bar.set_style(style);
+            }
+            bar.set_prefix(what.to_owned());
+            bar.enable_steady_tick(Duration::from_millis(200));
+        });
+    }
+
+    fn advance(&self, steps: u64) {
+        self.with(|bar| bar.inc(steps));
+    }
+}
+
+impl Drop for Stages {
+    fn drop(&mut self) {
+        self.finish();
+    }
 }
 
 /// A table with its first `n_left` columns to the left and the others, numbers,
@@ -164,4 +203,23 @@ pub(crate) fn table(header: &[&str], n_left: usize, rows: Vec<Vec<String>>) -> T
 /// A number of bytes for people.
 pub(crate) fn bytes(n: u64) -> String {
     indicatif::DecimalBytes(n).to_string()
+}
+
+/// A share for people.
+pub(crate) fn percent(share: f64) -> String {
+    format!("{:.1} %", 100.0 * share)
+}
+
+/// A number with four significant digits.
+pub(crate) fn number(value: f64) -> String {
+    if value == 0.0 || !value.is_finite() {
+        return value.to_string();
+    }
+    #[allow(clippy::cast_possible_truncation)]
+    let exponent = value.abs().log10().floor() as i32;
+    match usize::try_from(3 - exponent) {
+        Ok(decimals) if exponent >= -4 => format!("{value:.decimals$}"),
+        Ok(_) => format!("{value:.3e}"),
+        Err(_) => format!("{value:.0}"),
+    }
 }

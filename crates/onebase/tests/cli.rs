@@ -108,6 +108,7 @@ fn the_whole_way_for_programs() {
         "effective_bpw_total",
         "codecs",
         "files",
+        "quality",
     ];
     assert_eq!(keys(&got), expected);
     assert_eq!((&got["fine_tune"], &got["base"]["name"]), (&json!("math"), &json!("base")));
@@ -439,5 +440,5 @@ fn the_demo_counts_the_questions_there_are() {
     }
     std::fs::write(place.path("eval").join("math.jsonl"), "{}\n").unwrap();
     let run = onebase(["demo", "--dir", dir]).exits(1);
-    run.says(&["error: ", "math.jsonl, line 1", "because: missing field `messages`"]);
+    run.says(&["error: ", "math.jsonl, line 1: missing field `answer`", "hint: "]);
 }

@@ -4,14 +4,14 @@ use std::time::Instant;
 use anyhow::{Context as _, bail};
 use onebase_codec::{CODECS, CodecSpec};
 use onebase_compress::{Pair, Plan, TablePlan, compress};
+use onebase_eval::{Ruler, Subject, Task, Tests};
 use onebase_format::Checkpoint;
 use onebase_format::artifact::{Artifact, Sizes};
 use onebase_model::{Message, Model, Request, SamplingParams, Tenant, TextModel, generate};
 use serde_json::{Value, json};
 
 use crate::args::DemoArgs;
-use crate::output::{Bar, Output, bytes, table};
-use crate::tasks::{self, Question};
+use crate::output::{Bar, Output, Stages, bytes, table};
 
 /// The fine-tunes, each with the test of its skill.
 const FINE_TUNES: [&str; 2] = ["math", "chat"];
@@ -52,17 +52,9 @@ pub(crate) fn run(args: &DemoArgs, output: &Output) -> anyhow::Result<()> {
     let text = TextModel::from_checkpoint(model.checkpoint())?;
     let mut rows = Vec::new();
     for fine_tune in FINE_TUNES {
-        let questions = args.dir.join("eval").join(format!("{fine_tune}.jsonl"));
-        let questions = tasks::read(&questions, args.questions)?;
-        rows.push(Row {
-            fine_tune,
-            codec: None,
-            bytes: 0,
-            sizes: None,
-            right: tasks::score(&format!("{fine_tune}, base"), &model, None, &text, &questions)?,
-            n: questions.len(),
-        });
-        rows.extend(fine_tune_rows(args, &model, fine_tune, &questions, out)?);
+        let mut task = Task::read(&args.dir.join("eval").join(format!("{fine_tune}.jsonl")))?;
+        task.questions.truncate(args.questions);
+        rows.extend(fine_tune_rows(args, &model, fine_tune, task, out)?);
     }
     let answers = ask(&model, &text, out)?;
     let seconds = start.elapsed().as_secs_f64();
@@ -80,41 +72,51 @@ fn artifact_dir(out: &Path, fine_tune: &str, codec: &CodecSpec) -> PathBuf {
     out.join(format!("{fine_tune}-{name}"))
 }
 
-/// The fine-tune itself, then compressed with each codec.
+/// The base, the fine-tune itself, then compressed with each codec.
 fn fine_tune_rows(
     args: &DemoArgs,
     model: &Model,
     fine_tune: &'static str,
-    questions: &[Question],
+    task: Task,
     out: &Path,
 ) -> anyhow::Result<Vec<Row>> {
     let base = model.checkpoint().dir();
     let pair = Pair::open(base, &args.dir.join(fine_tune))?;
     let original = Model::load(Checkpoint::open(&args.dir.join(fine_tune))?)?;
-    let text = TextModel::from_checkpoint(original.checkpoint())?;
-    let what = format!("{fine_tune}, uncompressed");
-    let mut rows = vec![Row {
-        fine_tune,
-        codec: None,
-        bytes: original.checkpoint().size_bytes(),
-        sizes: None,
-        right: tasks::score(&what, &original, None, &text, questions)?,
-        n: questions.len(),
-    }];
+    let n = task.questions.len();
+    let stages = Stages::new();
+    let tests = Tests { tasks: vec![task], ..Tests::default() };
+    let mut ruler = Ruler::new(model, &original, tests, &stages)?;
+    let right = |share: f64| {
+        #[allow(
+            clippy::cast_precision_loss,
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss
+        )]
+        let right = (share * n as f64).round() as usize;
+        right
+    };
+    let mut rows = Vec::new();
+    for anchor in ruler.anchors().tasks {
+        let bytes = original.checkpoint().size_bytes();
+        for (bytes, share) in [(0, anchor.base), (bytes, anchor.finetune)] {
+            let right = right(share);
+            rows.push(Row { fine_tune, codec: None, bytes, sizes: None, right, n });
+        }
+    }
     for codec in codecs()? {
         let target = artifact_dir(out, fine_tune, &codec);
         let bar = Bar::new(&format!("{fine_tune}, {codec}"));
         let plan = Plan { linear: codec.clone(), tables: TablePlan::Codec(codec.clone()) };
         let (_, sizes) = compress(&pair, &plan, &target, &bar)?;
         bar.finish();
-        let artifact = Artifact::open(&target)?;
-        let tenant = Tenant::load(model, &artifact)?;
-        let text = TextModel::from_artifact(&artifact, model.checkpoint())?;
-        let what = format!("{fine_tune}, {codec}");
-        let right = tasks::score(&what, model, Some(&tenant), &text, questions)?;
-        let bytes = sizes.total_bytes;
-        let (codec, sizes, n) = (Some(codec), Some(sizes), questions.len());
-        rows.push(Row { fine_tune, codec, bytes, sizes, right, n });
+        let tenant = Tenant::load(model, &Artifact::open(&target)?)?;
+        let subject = Subject { model, tenant: Some(&tenant) };
+        for task in ruler.measure(&codec.to_string(), subject, &stages)?.tasks {
+            let (bytes, right) = (sizes.total_bytes, right(task.compressed.unwrap_or(0.0)));
+            let (codec, sizes) = (Some(codec.clone()), Some(sizes));
+            rows.push(Row { fine_tune, codec, bytes, sizes, right, n });
+        }
     }
     Ok(rows)
 }

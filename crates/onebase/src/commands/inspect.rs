@@ -5,6 +5,7 @@ use onebase_format::artifact::{Artifact, CodecRecord, Manifest, Sizes, Storage};
 use serde_json::json;
 
 use crate::args::InspectArgs;
+use crate::commands::eval::{figures, skill};
 use crate::output::{Output, bytes, table};
 
 pub(crate) fn run(args: &InspectArgs, output: &Output) -> anyhow::Result<()> {
@@ -24,6 +25,7 @@ pub(crate) fn run(args: &InspectArgs, output: &Output) -> anyhow::Result<()> {
         "effective_bpw_total": sizes.effective_bpw_total(),
         "codecs": manifest.codecs,
         "files": manifest.files,
+        "quality": manifest.quality,
     });
     if args.tensors {
         object["tensors"] = serde_json::to_value(&manifest.tensors)?;
@@ -64,7 +66,17 @@ pub(crate) fn summary_rows(manifest: &Manifest, sizes: &Sizes) -> Vec<Vec<String
         *stored.entry(format!("{role}, {how}")).or_insert(0) += 1;
     }
     rows.extend(stored.into_iter().map(|(what, n)| [what, format!("{n} tensors")]));
-    rows.into_iter().map(Vec::from).collect()
+    let mut rows: Vec<Vec<String>> = rows.into_iter().map(Vec::from).collect();
+    if let Some(quality) = &manifest.quality {
+        for task in &quality.tasks {
+            rows.push(vec![
+                format!("skill kept, {} ({} questions)", task.name, task.n),
+                skill(task),
+            ]);
+        }
+        rows.extend(figures(quality));
+    }
+    rows
 }
 
 fn stored_as(manifest: &Manifest, storage: &Storage) -> String {

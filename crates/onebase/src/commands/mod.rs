@@ -1,9 +1,11 @@
 //! One file per command.
 
 pub(crate) mod codecs;
+pub(crate) mod compare;
 pub(crate) mod completions;
 pub(crate) mod compress;
 pub(crate) mod demo;
+pub(crate) mod eval;
 pub(crate) mod generate;
 pub(crate) mod inspect;
 pub(crate) mod restore;

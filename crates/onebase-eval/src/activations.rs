@@ -1,0 +1,154 @@
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use onebase_format::artifact::Role;
+use onebase_kernels::Backend;
+use onebase_model::{KvCache, Logits, Model, Observer, Segment, SiteInput, TensorSpec};
+use onebase_tensor::{MatrixMut, MatrixRef, WeightRef};
+use rayon::prelude::*;
+
+use crate::{Result, Watcher};
+
+/// Memory for second moments; blocks of the model are calibrated in groups that
+/// fit it, the text being run once for each group.
+const MOMENT_BYTES: usize = 1 << 30;
+
+/// Tokens of the calibration text that are run as one document, and together.
+const WINDOW_TOKENS: usize = 512;
+
+/// A model and the text on which its activations are measured.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Calibration<'a> {
+    pub(crate) model: &'a Model,
+    pub(crate) tokens: &'a [u32],
+}
+
+/// `Σ x xᵀ / n` over the inputs `x` of a site, `[in_features, in_features]`.
+pub(crate) struct SecondMoment {
+    pub(crate) values: Vec<f64>,
+}
+
+/// Calls `each` for every linear site, in the order of the forward pass, with the
+/// second moment of its inputs where there is a calibration. Sites are worked on in
+/// parallel.
+pub(crate) fn map_sites<T: Send>(
+    specs: &[TensorSpec],
+    calibration: Option<Calibration<'_>>,
+    watcher: &dyn Watcher,
+    each: impl Fn(&TensorSpec, Option<&SecondMoment>) -> Result<T> + Sync,
+) -> Result<Vec<T>> {
+    let sites: Vec<&TensorSpec> = specs.iter().filter(|s| s.role == Role::Linear).collect();
+    let Some(calibration) = calibration else {
+        watcher.begin("errors of the sites", sites.len() as u64);
+        return map_group(&sites, &Moments::default(), watcher, &each);
+    };
+    let config = calibration.model.config();
+    let widths = [config.hidden_size, config.n_heads * config.head_dim, config.hidden_size];
+    let layer_elements: usize =
+        widths.iter().chain([&config.intermediate_size]).map(|width| width * width).sum();
+    let layers_at_a_time = (MOMENT_BYTES / (layer_elements * size_of::<f64>()).max(1)).max(1);
+    let mut results = Vec::new();
+    for first in (0..config.n_layers).step_by(layers_at_a_time) {
+        let layers = first..config.n_layers.min(first + layers_at_a_time);
+        let moments = Moments::measure(calibration, layers.clone(), watcher)?;
+        let group: Vec<&TensorSpec> = sites
+            .iter()
+            .copied()
+            .filter(|spec| layer_of(&spec.name).is_some_and(|layer| layers.contains(&layer)))
+            .collect();
+        watcher.begin("errors of the sites", group.len() as u64);
+        results.extend(map_group(&group, &moments, watcher, &each)?);
+    }
+    Ok(results)
+}
+
+fn map_group<T: Send>(
+    sites: &[&TensorSpec],
+    moments: &Moments,
+    watcher: &dyn Watcher,
+    each: &(impl Fn(&TensorSpec, Option<&SecondMoment>) -> Result<T> + Sync),
+) -> Result<Vec<T>> {
+    sites
+        .par_iter()
+        .map(|spec| {
+            let result = each(spec, moments.of(&spec.name));
+            watcher.advance(1);
+            result
+        })
+        .collect()
+}
+
+/// The block of a tensor, from its name.
+fn layer_of(tensor: &str) -> Option<usize> {
+    tensor.strip_prefix("model.layers.")?.split_once('.')?.0.parse().ok()
+}
+
+/// Second moments of the inputs of some blocks.
+#[derive(Default)]
+struct Moments {
+    layers: Range<usize>,
+    by_input: BTreeMap<(usize, SiteInput), SecondMoment>,
+}
+
+impl Moments {
+    fn measure(
+        calibration: Calibration<'_>,
+        layers: Range<usize>,
+        watcher: &dyn Watcher,
+    ) -> Result<Self> {
+        watcher.begin("calibration", calibration.tokens.len() as u64);
+        let mut moments = Self { layers, by_input: BTreeMap::new() };
+        for tokens in calibration.tokens.chunks(WINDOW_TOKENS) {
+            let mut cache = KvCache::new(calibration.model.config());
+            let segment = Segment { tokens, tenant: None, cache: &mut cache, logits: Logits::None };
+            calibration.model.forward_observed(&mut [segment], &mut moments)?;
+            watcher.advance(tokens.len() as u64);
+        }
+        #[allow(clippy::cast_precision_loss)]
+        let n = calibration.tokens.len() as f64;
+        for moment in moments.by_input.values_mut() {
+            moment.values.iter_mut().for_each(|v| *v /= n);
+        }
+        Ok(moments)
+    }
+
+    fn of(&self, tensor: &str) -> Option<&SecondMoment> {
+        let layer = layer_of(tensor)?;
+        let site = |input: &SiteInput| {
+            let mut sites = input.sites().iter();
+            sites.any(|site| tensor.ends_with(&format!(".{site}.weight")))
+        };
+        let input = SiteInput::ALL.into_iter().find(site)?;
+        self.by_input.get(&(layer, input))
+    }
+}
+
+impl Observer for Moments {
+    fn observe(&mut self, layer: usize, input: SiteInput, x: MatrixRef<'_>) {
+        if !self.layers.contains(&layer) {
+            return;
+        }
+        let [n_rows, n] = x.shape();
+        let moment = self
+            .by_input
+            .entry((layer, input))
+            .or_insert_with(|| SecondMoment { values: vec![0.0; n * n] });
+        let mut columns = vec![0.0; n * n_rows];
+        for (row, values) in x.data().chunks_exact(n).enumerate() {
+            for (column, value) in values.iter().enumerate() {
+                columns[column * n_rows + row] = *value;
+            }
+        }
+        // A window's products are summed in f32, the windows in f64.
+        let mut products = vec![0.0; n * n];
+        let (Ok(xt), Ok(mut sums)) =
+            (MatrixRef::new(&columns, n, n_rows), MatrixMut::new(&mut products, n, n))
+        else {
+            unreachable!("the buffers were sized for the matrices")
+        };
+        Backend::active().add_dense(WeightRef::F32(&columns), xt, &mut sums);
+        moment.values.iter_mut().zip(&products).for_each(|(sum, product)| {
+            *sum += f64::from(*product);
+        });
+    }
+}

@@ -1,0 +1,168 @@
+use onebase_codec::DeltaSource;
+use onebase_compress::{Pair, prepared};
+use onebase_format::artifact::{Artifact, DeltaError};
+use onebase_kernels::Backend;
+use onebase_model::{Model, TensorSpec};
+use onebase_tensor::{MatrixMut, MatrixRef, WeightRef};
+use serde::Serialize;
+
+use crate::activations::{Calibration, SecondMoment, map_sites};
+use crate::{Result, Watcher};
+
+/// Weights compared at a time.
+const BLOCK_WEIGHTS: usize = 1 << 18;
+
+/// What an artifact leaves out of the delta of one linear site.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct SiteError {
+    /// The site: `layers.3.mlp.up_proj`.
+    pub site: String,
+    /// `‖Δ − Δ̂‖²`.
+    pub lost: f64,
+    /// `‖Δ‖²`.
+    pub energy: f64,
+    /// The same two of the site's outputs for calibration inputs: `Σ‖(Δ − Δ̂) x‖²`
+    /// and `Σ‖Δ x‖²`, means over the inputs.
+    pub output: Option<[f64; 2]>,
+}
+
+/// `lost / energy`; nothing can be lost of a delta that is zero.
+fn relative(lost: f64, energy: f64) -> f64 {
+    if energy > 0.0 { lost / energy } else { 0.0 }
+}
+
+impl SiteError {
+    /// Its relative squared errors.
+    pub fn relative(&self) -> DeltaError {
+        DeltaError {
+            weight: relative(self.lost, self.energy),
+            output: self.output.map(|[lost, energy]| relative(lost, energy)),
+        }
+    }
+}
+
+/// The relative squared errors over all sites together.
+pub fn total_error(sites: &[SiteError]) -> DeltaError {
+    let lost = sites.iter().map(|s| s.lost).sum();
+    let energy = sites.iter().map(|s| s.energy).sum();
+    let output: Option<Vec<[f64; 2]>> = sites.iter().map(|s| s.output).collect();
+    let output = output
+        .filter(|sites| !sites.is_empty())
+        .map(|sites| relative(sites.iter().map(|s| s[0]).sum(), sites.iter().map(|s| s[1]).sum()));
+    DeltaError { weight: relative(lost, energy), output }
+}
+
+/// The error of an artifact at every linear site, in the order of the forward pass;
+/// in output space too where the fine-tune and tokens of a calibration text are
+/// given.
+///
+/// # Errors
+/// When a delta cannot be read or the model cannot be run.
+pub fn site_errors(
+    pair: &Pair,
+    artifact: &Artifact,
+    calibration: Option<(&Model, &[u32])>,
+    watcher: &dyn Watcher,
+) -> Result<Vec<SiteError>> {
+    let calibration = calibration.map(|(model, tokens)| Calibration { model, tokens });
+    map_sites(pair.specs(), calibration, watcher, |spec, moment| {
+        let delta = read_delta(pair, spec)?;
+        let moment = moment.map(SecondMoment::narrow);
+        site_error(&delta, spec, artifact, moment.as_deref())
+    })
+}
+
+impl SecondMoment {
+    /// The moments in f32, for the kernels.
+    pub(crate) fn narrow(&self) -> Vec<f32> {
+        #[allow(clippy::cast_possible_truncation)]
+        self.values.iter().map(|v| *v as f32).collect()
+    }
+}
+
+/// The name of a site, from its weight's.
+pub(crate) fn site_name(tensor: &str) -> String {
+    let name = tensor.strip_prefix("model.").unwrap_or(tensor);
+    name.strip_suffix(".weight").unwrap_or(name).to_owned()
+}
+
+/// A whole delta, `[out_features, in_features]`.
+pub(crate) fn read_delta(pair: &Pair, spec: &TensorSpec) -> Result<Vec<f32>> {
+    let source = pair.delta(&spec.name)?;
+    let [n_rows, n_cols] = source.shape();
+    let mut delta = vec![0.0; n_rows * n_cols];
+    source.read_rows(0..n_rows, &mut delta).map_err(|e| source.explain(e))?;
+    Ok(delta)
+}
+
+/// The error at one site, whose delta is given, with the second moment of its
+/// inputs, `[in_features, in_features]`, for the outputs' error.
+pub(crate) fn site_error(
+    delta: &[f32],
+    spec: &TensorSpec,
+    artifact: &Artifact,
+    moment: Option<&[f32]>,
+) -> Result<SiteError> {
+    let n_cols = spec.shape[1];
+    let decoded = prepared(artifact, &spec.name)?;
+    let mut sums = [0.0; 2];
+    let mut outputs = moment.map(|_| [0.0; 2]);
+    let mut lost = Vec::new();
+    let block_rows = (BLOCK_WEIGHTS / n_cols.max(1)).max(1);
+    for (block, rows) in delta.chunks(block_rows * n_cols.max(1)).enumerate() {
+        lost.clear();
+        lost.resize(rows.len(), 0.0);
+        if let Some(decoded) = &decoded {
+            let first = block * block_rows;
+            decoded.write_rows(first..first + rows.len() / n_cols, &mut lost);
+        }
+        lost.iter_mut().zip(rows).for_each(|(lost, delta)| *lost = delta - *lost);
+        for (values, sum) in [&lost[..], rows].into_iter().zip(&mut sums) {
+            *sum += values.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>();
+        }
+        if let (Some(moment), Some(outputs)) = (moment, &mut outputs) {
+            for (values, sum) in [&lost[..], rows].into_iter().zip(outputs) {
+                *sum += quadratic_form(values, n_cols, moment);
+            }
+        }
+    }
+    let [lost, energy] = sums;
+    Ok(SiteError { site: site_name(&spec.name), lost, energy, output: outputs })
+}
+
+/// `tr(R H Rᵀ)` of rows `R`, `[n, n_cols]`, and a symmetric `H`, `[n_cols, n_cols]`.
+fn quadratic_form(rows: &[f32], n_cols: usize, h: &[f32]) -> f64 {
+    let n_rows = rows.len() / n_cols;
+    let mut product = vec![0.0; rows.len()];
+    let (Ok(r), Ok(mut y)) =
+        (MatrixRef::new(rows, n_rows, n_cols), MatrixMut::new(&mut product, n_rows, n_cols))
+    else {
+        unreachable!("the buffers hold whole rows")
+    };
+    Backend::active().add_dense(WeightRef::F32(h), r, &mut y);
+    let sum: f64 = rows.iter().zip(&product).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+    // Never negative but for rounding.
+    sum.max(0.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_quadratic_form_by_hand() {
+        // Rows (1, 2) and (0, 3), H = [[2, 1], [1, 4]]: 2 + 4 + 16 and 36.
+        let got = quadratic_form(&[1.0, 2.0, 0.0, 3.0], 2, &[2.0, 1.0, 1.0, 4.0]);
+        assert!((got - 58.0).abs() < 1e-5, "{got}");
+    }
+
+    #[test]
+    fn totals_weigh_sites_by_their_energy() {
+        let site = |lost, energy, output| SiteError { site: "s".into(), lost, energy, output };
+        let sites = [site(1.0, 2.0, Some([3.0, 4.0])), site(0.0, 6.0, Some([1.0, 4.0]))];
+        assert_eq!(total_error(&sites), DeltaError { weight: 0.125, output: Some(0.5) });
+        let without = [site(1.0, 2.0, None), site(0.0, 0.0, None)];
+        assert_eq!(total_error(&without), DeltaError { weight: 0.5, output: None });
+        assert_eq!(without[1].relative(), DeltaError { weight: 0.0, output: None });
+    }
+}

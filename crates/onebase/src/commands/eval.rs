@@ -1,0 +1,224 @@
+use std::time::Instant;
+
+use onebase_compress::{Pair, updated_model_card};
+use onebase_eval::{
+    Ruler, SiteError, Speed, Subject, Task, Tests, TextFile, check_reference, site_errors,
+    total_error,
+};
+use onebase_format::Checkpoint;
+use onebase_format::artifact::{Artifact, DeltaError, Quality, TaskQuality};
+use onebase_model::{Model, Tenant};
+use serde_json::{Value, json};
+
+use crate::args::{EvalArgs, MeasureArgs};
+use crate::output::{Output, Stages, bytes, number, percent, table};
+
+pub(crate) fn run(args: &EvalArgs, output: &Output) -> anyhow::Result<()> {
+    let start = Instant::now();
+    let tests = args.measure.tests()?;
+    let calibration = args.measure.calibration.as_deref().map(TextFile::read).transpose()?;
+    let pair = Pair::open(&args.base, &args.reference)?;
+    let artifact = args.artifact.as_deref().map(Artifact::open).transpose()?;
+    if let Some(artifact) = &artifact {
+        check_reference(artifact, pair.fine_tune())?;
+    }
+    let base = Model::load(Checkpoint::open(&args.base)?)?;
+    let tenant = artifact.as_ref().map(|artifact| Tenant::load(&base, artifact)).transpose()?;
+    let finetune = Model::load(Checkpoint::open(&args.reference)?)?;
+
+    let stages = Stages::new();
+    let mut ruler = Ruler::new(&base, &finetune, tests, &stages)?;
+    let measurement = match &tenant {
+        Some(tenant) => {
+            let subject = Subject { model: &base, tenant: Some(tenant) };
+            ruler.measure("compressed", subject, &stages)?
+        }
+        None => ruler.anchors(),
+    };
+    let tokens = match &calibration {
+        Some(text) => Some(ruler.text_model().tokenizer.encode(&text.text, true)?),
+        None => None,
+    };
+    let sites = match &artifact {
+        Some(artifact) => {
+            let calibration = tokens.as_deref().map(|tokens| (&finetune, tokens));
+            site_errors(&pair, artifact, calibration, &stages)?
+        }
+        None => Vec::new(),
+    };
+    stages.finish();
+    let error = (!sites.is_empty()).then(|| total_error(&sites));
+    let quality = measurement.quality(&ruler, error);
+    let mut sizes = artifact.as_ref().map(Artifact::sizes);
+    if let (true, Some(artifact)) = (args.record, &artifact) {
+        sizes = Some(artifact.record_quality(&quality, updated_model_card)?);
+    }
+    let site_list: Vec<Value> = sites
+        .iter()
+        .map(|site| {
+            let DeltaError { weight, output } = site.relative();
+            json!({"site": site.site, "weight": weight, "output": output})
+        })
+        .collect();
+    let object = json!({
+        "base": pair.base().name(),
+        "finetune": pair.fine_tune().name(),
+        "artifact": args.artifact,
+        "tool": quality.tool,
+        "seed": quality.seed,
+        "notes": ruler.notes(),
+        "tasks": quality.tasks,
+        "kl_mean": quality.kl_mean,
+        "top1_agreement": quality.top1_agreement,
+        "perplexity": quality.perplexity,
+        "error": quality.error,
+        "sites": site_list,
+        "bytes": sizes.map(|s| s.total_bytes),
+        "effective_bpw_linear": sizes.map(|s| s.effective_bpw_linear()),
+        "effective_bpw_total": sizes.map(|s| s.effective_bpw_total()),
+        "recorded": args.record,
+        "speed": ruler.speed(),
+        "seconds": start.elapsed().as_secs_f64(),
+    });
+    output.result(&object, || {
+        let mut text = task_table(&quality.tasks);
+        let mut rows = figures(&quality);
+        if let Some(sizes) = sizes {
+            rows.push(vec![
+                "size on disk".to_owned(),
+                format!("{} ({} B)", bytes(sizes.total_bytes), sizes.total_bytes),
+            ]);
+            rows.push(vec![
+                "effective bits per weight".to_owned(),
+                format!(
+                    "{:.3} linear sites, {:.3} whole fine-tune",
+                    sizes.effective_bpw_linear(),
+                    sizes.effective_bpw_total()
+                ),
+            ]);
+        }
+        if ruler.speed().prefill_tokens > 0 {
+            rows.push(vec!["speed".to_owned(), speed(&ruler.speed())]);
+        }
+        text.push_str(&table(&["", ""], 2, rows).to_string());
+        if args.sites {
+            text.push('\n');
+            text.push_str(&site_table(&sites));
+        }
+        for note in ruler.notes() {
+            text.push_str(&format!("\nnote: {note}"));
+        }
+        if args.record {
+            text.push_str("\nthe results were written into the artifact and its model card.");
+        }
+        text
+    })
+}
+
+impl MeasureArgs {
+    /// Reads the files that are named.
+    pub(crate) fn tests(&self) -> anyhow::Result<Tests> {
+        Ok(Tests {
+            tasks: self.tasks.iter().map(|path| Task::read(path)).collect::<Result<_, _>>()?,
+            text: self.text.as_deref().map(TextFile::read).transpose()?,
+            window_tokens: self.window,
+            seed: self.seed,
+        })
+    }
+}
+
+/// Skill kept with its interval.
+pub(crate) fn skill(task: &TaskQuality) -> String {
+    match (task.skill_kept, task.skill_kept_ci) {
+        (Some(kept), Some([low, high])) => {
+            format!("{} ({} to {})", percent(kept), percent(low), percent(high))
+        }
+        (Some(kept), None) => percent(kept),
+        (None, _) => "–".to_owned(),
+    }
+}
+
+fn task_table(tasks: &[TaskQuality]) -> String {
+    if tasks.is_empty() {
+        return String::new();
+    }
+    let rows = tasks
+        .iter()
+        .map(|task| {
+            vec![
+                task.name.clone(),
+                task.n.to_string(),
+                percent(task.base),
+                percent(task.finetune),
+                task.compressed.map_or_else(|| "–".to_owned(), percent),
+                skill(task),
+                task.kl_mean.map_or_else(|| "–".to_owned(), number),
+                task.top1_agreement.map_or_else(|| "–".to_owned(), percent),
+            ]
+        })
+        .collect();
+    let header = [
+        "test",
+        "questions",
+        "base",
+        "fine-tune",
+        "compressed",
+        "skill kept (95 % interval)",
+        "KL, nats",
+        "same token",
+    ];
+    format!("{}\n", table(&header, 1, rows))
+}
+
+/// What else was measured, a name and a value each.
+pub(crate) fn figures(quality: &Quality) -> Vec<Vec<String>> {
+    let mut rows = Vec::new();
+    let mut row = |name: &str, value: String| rows.push(vec![name.to_owned(), value]);
+    if let Some(kl) = quality.kl_mean {
+        row("mean divergence from the fine-tune", format!("{} nats", number(kl)));
+    }
+    if let Some(share) = quality.top1_agreement {
+        row("likeliest token is the fine-tune's", percent(share));
+    }
+    if let Some(p) = &quality.perplexity {
+        let value = |p: Option<f64>| p.map_or_else(|| "–".to_owned(), number);
+        let (base, compressed) = (value(p.base), value(p.compressed));
+        row(
+            &format!(
+                "perplexity on {} ({} tokens, {} at a time)",
+                p.name, p.n_tokens, p.window_tokens
+            ),
+            format!("base {base}, fine-tune {}, compressed {compressed}", number(p.finetune)),
+        );
+    }
+    if let Some(DeltaError { weight, output }) = quality.error {
+        let output = output.map(|e| format!(", of its outputs {}", number(e)));
+        row(
+            "relative squared error of the delta",
+            format!("{}{}", number(weight), output.unwrap_or_default()),
+        );
+    }
+    rows
+}
+
+fn speed(speed: &Speed) -> String {
+    format!(
+        "prefill {:.0} tokens/s ({}), decode {:.0} tokens/s ({})",
+        speed.prefill_rate(),
+        speed.prefill_tokens,
+        speed.decode_rate(),
+        speed.decode_tokens
+    )
+}
+
+fn site_table(sites: &[SiteError]) -> String {
+    let rows = sites
+        .iter()
+        .map(|site| {
+            let DeltaError { weight, output } = site.relative();
+            let output = output.map_or_else(|| "–".to_owned(), number);
+            vec![site.site.clone(), number(weight), output]
+        })
+        .collect();
+    table(&["site", "error of the delta", "of its outputs"], 1, rows).to_string()
+}

@@ -1,0 +1,378 @@
+//! `eval` and `compare` as people and programs call them.
+
+// Helpers of tests may panic as tests do.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use onebase_codec::CODECS;
+use serde_json::{Value, json};
+use support::{Place, Run, contents, copy, demo, onebase};
+
+/// Questions that are asked: enough for a figure, few enough for a test.
+const N_QUESTIONS: usize = 12;
+
+fn arg(name: &str) -> String {
+    demo(name).to_str().unwrap().to_owned()
+}
+
+/// The first questions of a test of the demo.
+fn task(place: &Place, name: &str) -> String {
+    let text = std::fs::read_to_string(demo("eval").join(format!("{name}.jsonl"))).unwrap();
+    let first: Vec<&str> = text.lines().take(N_QUESTIONS).collect();
+    write(place, &format!("{name}.jsonl"), &first.join("\n"))
+}
+
+fn write(place: &Place, name: &str, text: &str) -> String {
+    std::fs::write(place.path(name), text).unwrap();
+    place.text(name)
+}
+
+/// A few lines of prose.
+fn text(place: &Place) -> String {
+    let line = "The cat sat on the mat, and the dog looked at the cat for a long time.\n";
+    write(place, "prose.txt", &line.repeat(8))
+}
+
+/// `eval` of an artifact of `math` with more arguments.
+fn eval(artifact: &str, more: &[&str]) -> Run {
+    let (base, math) = (arg("base"), arg("math"));
+    let args = ["eval", &base, artifact, "--reference", &math];
+    onebase(args.iter().chain(more))
+}
+
+fn number(value: &Value) -> f64 {
+    value.as_f64().unwrap_or_else(|| panic!("expected a number, got {value}"))
+}
+
+#[test]
+fn an_artifact_is_measured_beside_its_base_and_its_fine_tune() {
+    let place = Place::new();
+    place.compress("math", "rtn:bits=3", "a");
+    let (out, math, prose) = (place.text("a"), task(&place, "math"), text(&place));
+    let args = ["--tasks", &math, "--text", &prose, "--calibration", &prose, "--json"];
+    let got = eval(&out, &args).exits(0).object();
+
+    let tasks = got["tasks"].as_array().unwrap();
+    assert_eq!(tasks.len(), 1);
+    let [b, f, c] = ["base", "finetune", "compressed"].map(|who| number(&tasks[0][who]));
+    assert_eq!((&tasks[0]["name"], &tasks[0]["n"]), (&json!("math"), &json!(N_QUESTIONS)));
+    assert!(b < f, "the skill comes with the fine-tune: {got}");
+    assert!((number(&tasks[0]["skill_kept"]) - (c - b) / (f - b)).abs() < 1e-12);
+    let [low, high] = [0, 1].map(|i| number(&tasks[0]["skill_kept_ci"][i]));
+    assert!(low <= number(&tasks[0]["skill_kept"]) && number(&tasks[0]["skill_kept"]) <= high);
+
+    assert_eq!(got["kl_mean"], tasks[0]["kl_mean"]);
+    assert!(number(&got["kl_mean"]) > 0.0 && number(&got["kl_mean"]) < 0.1, "{got}");
+    assert!(number(&got["top1_agreement"]) > 0.8, "{got}");
+    let perplexity = &got["perplexity"];
+    for who in ["base", "finetune", "compressed"] {
+        assert!(number(&perplexity[who]) > 1.0, "{perplexity}");
+    }
+    // Errors of all sites lie around that of their sum.
+    let sites = got["sites"].as_array().unwrap();
+    assert_eq!(sites.len(), 42);
+    for space in ["weight", "output"] {
+        let errors: Vec<f64> = sites.iter().map(|site| number(&site[space])).collect();
+        let total = number(&got["error"][space]);
+        assert!(errors.iter().any(|e| *e < total) && errors.iter().any(|e| *e > total));
+        assert!(total > 0.0 && total < 0.1, "{space}: {total}");
+    }
+    // Three bits of a Gaussian leave about 0.04.
+    assert!((0.02..0.05).contains(&number(&got["error"]["weight"])));
+    let on_disk: usize = contents(&place.path("a")).values().map(Vec::len).sum();
+    assert_eq!(got["bytes"], on_disk);
+    #[allow(clippy::cast_precision_loss)]
+    let bits = 8.0 * on_disk as f64 / 5_246_208.0;
+    assert_eq!(number(&got["effective_bpw_total"]), bits);
+    for key in ["prefill_tokens", "prefill_seconds", "decode_tokens", "decode_seconds"] {
+        assert!(number(&got["speed"][key]) > 0.0, "{key}");
+    }
+    assert_eq!((&got["notes"], &got["recorded"]), (&json!([]), &json!(false)));
+
+    // The same again, but for the time.
+    let again = eval(&out, &args).exits(0).object();
+    for key in ["tasks", "kl_mean", "top1_agreement", "perplexity", "error", "sites"] {
+        assert_eq!(got[key], again[key], "{key}");
+    }
+    // Another seed moves the interval alone.
+    let other = eval(&out, &[&args[..], &["--seed", "1"]].concat()).exits(0).object();
+    assert_eq!(other["tasks"][0]["skill_kept"], tasks[0]["skill_kept"]);
+    assert_eq!(other["kl_mean"], got["kl_mean"]);
+
+    let run = eval(&out, &["--tasks", &math, "--sites"]).exits(0);
+    for text in ["skill kept", "effective bits per weight", "tokens/s", "layers.5.mlp.down_proj"] {
+        assert!(run.stdout.contains(text), "{text}: {}", run.stdout);
+    }
+}
+
+#[test]
+fn an_exact_delta_keeps_everything() {
+    let place = Place::new();
+    place.compress("math", "dense", "a");
+    let math = task(&place, "math");
+    let got = eval(&place.text("a"), &["--tasks", &math, "--json"]).exits(0).object();
+    assert_eq!(got["tasks"][0]["skill_kept"], json!(1.0));
+    assert_eq!(got["top1_agreement"], json!(1.0));
+    assert!(number(&got["kl_mean"]) < 1e-9, "{got}");
+    assert_eq!((&got["perplexity"], &got["error"]["output"]), (&Value::Null, &Value::Null));
+}
+
+#[test]
+fn without_an_artifact_the_anchors_are_measured() {
+    let place = Place::new();
+    let (base, math, questions) = (arg("base"), arg("math"), task(&place, "math"));
+    let args = ["eval", &base, "--reference", &math, "--tasks", &questions, "--json"];
+    let got = onebase(args).exits(0).object();
+    assert!(number(&got["tasks"][0]["finetune"]) > 0.5);
+    for key in ["bytes", "kl_mean", "effective_bpw_total", "artifact", "error"] {
+        assert_eq!(got[key], Value::Null, "{key}");
+    }
+    assert_eq!(got["tasks"][0]["compressed"], Value::Null);
+}
+
+#[test]
+fn a_text_alone_gives_perplexity_and_divergence() {
+    let place = Place::new();
+    place.compress("math", "rtn", "a");
+    let prose = text(&place);
+    let whole = eval(&place.text("a"), &["--text", &prose, "--json"]).exits(0).object();
+    assert!(number(&whole["kl_mean"]) > 0.0);
+    assert_eq!(whole["tasks"], json!([]));
+    let args = ["--text", &prose, "--window", "16", "--json"];
+    let pieces = eval(&place.text("a"), &args).exits(0).object();
+    let n = |got: &Value| got["perplexity"]["n_tokens"].as_u64().unwrap();
+    assert!(n(&pieces) < n(&whole), "the first token of each window is not predicted");
+    let p = |got: &Value| number(&got["perplexity"]["base"]);
+    assert!(p(&pieces) > p(&whole), "less context predicts worse");
+}
+
+#[test]
+fn results_are_recorded_in_the_artifact_and_its_card() {
+    let place = Place::new();
+    place.compress("math", "rtn", "a");
+    let (base, out, math) = (arg("base"), place.text("a"), task(&place, "math"));
+    let before = contents(&place.path("a"));
+    let edited = String::from_utf8(before["README.md"].clone()).unwrap() + "\nOurs.\n";
+    std::fs::write(place.path("a").join("README.md"), edited).unwrap();
+    let mut recorded = Vec::new();
+    for _ in 0..2 {
+        let run = eval(&out, &["--tasks", &math, "--record", "--json"]).exits(0).object();
+        let on_disk: usize = contents(&place.path("a")).values().map(Vec::len).sum();
+        assert_eq!((&run["bytes"], &run["recorded"]), (&json!(on_disk), &json!(true)));
+        recorded.push(contents(&place.path("a")));
+    }
+    assert_eq!(recorded[0], recorded[1], "a second record replaces the first");
+    let after = &recorded[0];
+    for (name, bytes) in &before {
+        let same = !["README.md", "onebase.json"].contains(&name.as_str());
+        assert_eq!(after[name] == *bytes, same, "{name}");
+    }
+    assert_eq!(after.len(), before.len());
+    let card = String::from_utf8(after["README.md"].clone()).unwrap();
+    for text in ["Ours.", "| math | 12 | 0.0 % |", "skill kept", "base_model: base"] {
+        assert_eq!(card.matches(text).count(), 1, "{text}: {card}");
+    }
+    let on_disk: usize = after.values().map(Vec::len).sum();
+    assert!(card.contains(&format!("| bytes on disk, all files | {on_disk} |")), "{card}");
+
+    let quality = onebase(["inspect", &out, "--json"]).exits(0).object()["quality"].take();
+    assert_eq!(quality["tasks"][0]["name"], "math");
+    assert_eq!(quality["reference"], "math");
+    let shown = onebase(["inspect", &out]).exits(0).stdout;
+    assert!(shown.contains("skill kept, math (12 questions)"), "{shown}");
+    onebase(["verify", &base, &out]).exits(0);
+    let args = ["eval", &base, "--reference", &arg("math"), "--tasks", &math, "--record"];
+    onebase(args).exits(2).says(&["ARTIFACT"]);
+}
+
+#[test]
+fn bad_tests_are_refused_where_they_are() {
+    let place = Place::new();
+    place.compress("math", "sign", "a");
+    let out = place.text("a");
+    let good = "{\"prompt\": \"1 + 1 =\", \"answer\": \"2\"}\n";
+    let refused = |file: &str, texts: &[&str]| {
+        eval(&out, &["--tasks", file]).exits(1).says(texts);
+    };
+    refused(&write(&place, "empty.jsonl", "\n"), &["empty.jsonl has no question", "hint: "]);
+    refused(
+        &write(&place, "broken.jsonl", &format!("{good}\n{{\"prompt\": 1")),
+        &["broken.jsonl, line 3: ", "hint: a test is JSON lines"],
+    );
+    let long = format!("{good}{{\"prompt\": \"a\", \"answer\": \"{}\"}}", "a b ".repeat(900));
+    refused(
+        &write(&place, "long.jsonl", &long),
+        &["long.jsonl, line 2: prompt and answer have", "the context holds 1024", "hint: "],
+    );
+    refused(&place.text("absent.jsonl"), &["cannot read", "absent.jsonl", "because: "]);
+    let twice = write(&place, "sums.jsonl", good);
+    eval(&out, &["--tasks", &twice, &twice]).exits(1).says(&["two tests are called sums", "hint"]);
+    eval(&out, &[]).exits(1).says(&["neither a test nor a text is given", "hint: give --tasks"]);
+    let blank = write(&place, "blank.txt", " \n");
+    eval(&out, &["--text", &blank]).exits(1).says(&["blank.txt has no text"]);
+    eval(&out, &["--window", "5"]).exits(2);
+}
+
+#[test]
+fn a_prompt_is_continued_to_the_end_of_its_line() {
+    let place = Place::new();
+    // The base goes on for ever; what it says on this line is what it is asked for.
+    let base = arg("base");
+    let prompt = "use std::collections::";
+    let raw = ["generate", &base, "--raw", "-p", prompt, "-n", "24", "--stop", "\n"];
+    let answer = onebase(raw).exits(0).stdout.trim().to_owned();
+    assert!(!answer.is_empty());
+    let line = json!({"prompt": prompt, "answer": answer});
+    let file = write(&place, "line.jsonl", &line.to_string());
+    let args = ["eval", &base, "--reference", &arg("math"), "--tasks", &file, "--json"];
+    let got = onebase(args).exits(0).object();
+    assert_eq!(got["tasks"][0]["base"], json!(1.0), "{got}");
+}
+
+#[test]
+fn an_artifact_of_another_fine_tune_is_refused() {
+    let place = Place::new();
+    place.compress("chat", "sign", "a");
+    let math = task(&place, "math");
+    let run = eval(&place.text("a"), &["--tasks", &math]).exits(1);
+    run.says(&["was not made from", "tensor model.layers.0.input_layernorm.weight", "--reference"]);
+}
+
+#[test]
+fn where_there_is_no_skill_none_is_kept() {
+    let place = Place::new();
+    place.compress("math", "sign", "a");
+    let chat = task(&place, "chat");
+    let got = eval(&place.text("a"), &["--tasks", &chat, "--json"]).exits(0).object();
+    assert_eq!(got["tasks"][0]["skill_kept"], Value::Null);
+    assert_eq!(got["tasks"][0]["skill_kept_ci"], Value::Null);
+    let note = got["notes"][0].as_str().unwrap();
+    assert!(note.contains("no better than the base") && note.contains("undefined"), "{note}");
+}
+
+#[test]
+fn the_fine_tunes_own_tokenizer_is_used_and_said() {
+    let place = Place::new();
+    copy(&demo("math"), &place.path("math"));
+    let file = place.path("math").join("tokenizer_config.json");
+    let config = std::fs::read_to_string(&file).unwrap();
+    assert!(config.contains("<|im_start|>user") || config.contains("message"), "{config}");
+    std::fs::write(&file, config.replacen('{', "{\"more\": 1,", 1)).unwrap();
+    let (base, math, questions) = (arg("base"), place.text("math"), task(&place, "math"));
+    let args = ["eval", &base, "--reference", &math, "--tasks", &questions, "--json"];
+    let got = onebase(args).exits(0).object();
+    let note = got["notes"][0].as_str().unwrap();
+    assert!(note.contains("differs from the base's; the fine-tune's"), "{note}");
+}
+
+#[test]
+fn a_comparison_is_one_page_and_its_data() {
+    let place = Place::new();
+    let (base, math, questions, prose) =
+        (arg("base"), arg("math"), task(&place, "math"), text(&place));
+    let (page, kept) = (place.text("r.html"), place.text("kept"));
+    let mut args = vec!["compare", &base, &math, "--tasks", &questions, "--text", &prose];
+    args.extend(["--calibration", &prose, "--bits", "0.5,2", "-o", &page, "--keep", &kept]);
+    args.extend(["--codecs", "rtn:group_size=64,sign:scale=matrix", "dense"]);
+    let run = onebase(args.iter().chain(&["--json"])).exits(0);
+    let got = run.object();
+    let data = std::fs::read_to_string(place.path("r.json")).unwrap();
+    assert_eq!(serde_json::from_str::<Value>(&data).unwrap(), got);
+
+    let variants = got["variants"].as_array().unwrap();
+    let codecs: Vec<&str> = variants.iter().map(|v| v["codec"].as_str().unwrap()).collect();
+    let expected = [
+        "base",
+        "rtn:bits=1,group_size=128",
+        "rtn:bits=2,group_size=128",
+        "rtn:bits=3,group_size=128",
+        "rtn:bits=4,group_size=128",
+        "sign:scale=row",
+        "low-rank:bits=0.5",
+        "low-rank:bits=2",
+        "rtn:bits=2,group_size=64",
+        "sign:scale=matrix",
+        "dense:dtype=f32",
+    ];
+    assert_eq!(codecs, expected);
+    let n_weights = number(&got["n_weights"]);
+    for variant in &variants[1..] {
+        let codec = variant["codec"].as_str().unwrap();
+        let folder = place.path("kept").join(codec.replace([':', ',', '='], "-"));
+        let files = contents(&folder);
+        let sum = |linear: bool| -> usize {
+            let wanted = files.iter().filter(|(name, _)| !linear || name.starts_with("linear-"));
+            wanted.map(|(_, bytes)| bytes.len()).sum()
+        };
+        assert_eq!(variant["bytes"], sum(false), "{codec}");
+        assert_eq!(variant["linear_bytes"], sum(true), "{codec}");
+        #[allow(clippy::cast_precision_loss)]
+        let bits = 8.0 * sum(false) as f64 / n_weights;
+        assert_eq!(number(&variant["effective_bpw_total"]), bits, "{codec}");
+        // A paper's formula leaves out what the disk holds.
+        assert!(number(&variant["claimed_ratio"]) >= number(&variant["true_ratio_linear"]));
+        assert_eq!(variant["site_errors"].as_array().unwrap().len(), 42);
+        if codec == "dense:dtype=f32" {
+            continue;
+        }
+        for space in ["weight", "output"] {
+            assert!(number(&variant["error"][space]) < 1.0, "{codec}");
+            assert!(number(&variant["above_limit"][space]) > 0.0, "{codec}");
+        }
+    }
+    // More bits, less error, less divergence.
+    let rtn = |key: fn(&Value) -> &Value| -> Vec<f64> {
+        variants[1..5].iter().map(|v| number(key(v))).collect()
+    };
+    assert!(rtn(|v| &v["error"]["weight"]).is_sorted_by(|a, b| a > b));
+    assert!(rtn(|v| &v["kl_mean"]).is_sorted_by(|a, b| a > b));
+    for line in [&got["limit"]["weight"], &got["limit"]["output"]] {
+        let points = line.as_array().unwrap();
+        assert!(points.len() > 10);
+        assert!(points.is_sorted_by(|a, b| number(&a["error"]) > number(&b["error"])));
+    }
+
+    let html = std::fs::read_to_string(place.path("r.html")).unwrap();
+    assert!(html.starts_with("<!doctype html>"));
+    for codec in &expected[1..] {
+        assert!(html.matches(codec).count() > 1, "{codec}");
+    }
+    for outside in ["src=\"http", "href=\"http", "url(http", "@import", "sourceMappingURL"] {
+        assert!(!html.contains(outside), "{outside}");
+    }
+
+    let run = onebase(["compare", &base, &math, "--tasks", &questions, "-o", "r.json"]).exits(1);
+    run.says(&["r.json: the report is HTML"]);
+    let wrong = ["compare", &base, &math, "--tasks", &questions, "--codecs", "rnt", "-o", &page];
+    onebase(wrong).exits(1).says(&["unknown codec \"rnt\"", "did you mean `rtn`?"]);
+    onebase(["compare", &base, &math, "--bits", "0"]).exits(2).says(&["above 0"]);
+    onebase(["compare", &base, &math, "-o", "/no/such/r.html", "--tasks", &questions])
+        .exits(1)
+        .says(&["/no/such does not exist"]);
+}
+
+#[test]
+fn names_from_outside_stay_text_in_the_report() {
+    let place = Place::new();
+    let name = "<img src=x onerror=alert(1)>";
+    copy(&demo("math"), &place.path(name));
+    let (base, math, page) = (arg("base"), place.text(name), place.text("r.html"));
+    let questions = task(&place, "math");
+    let args = ["compare", &base, &math, "--tasks", &questions, "--bits", "1", "-o", &page];
+    onebase(args.iter().chain(&["--codecs", "sign"])).exits(0);
+    let html = std::fs::read_to_string(place.path("r.html")).unwrap();
+    assert!(!html.contains("<img"), "names are escaped");
+    assert!(html.contains("&lt;img"));
+}
+
+#[test]
+fn every_codec_of_the_registry_can_be_compared() {
+    // What the sweep relies on: a codec's size, if it can choose, is its option `bits`.
+    for codec in CODECS {
+        for option in codec.options().iter().filter(|o| o.name == "bits") {
+            let value = option.default_value();
+            assert!(value.is_number(), "{}: {value}", codec.name());
+        }
+    }
+}
