@@ -64,6 +64,14 @@
 
   // ---- the charts -------------------------------------------------------------
 
+  // What a simulated code on the limit line keeps, from the base alone on.
+  function ideal(value) {
+    const at = (bits, of) => ({ x: bits, y: of ? value(of) : undefined });
+    const base = data.variants.find((v) => v.codec === "base");
+    const points = (data.ideal ?? []).map((p) => at(p[`bpw_${state.axis}`], p));
+    return points.length ? [at(0, base), ...points].sort((a, b) => a.x - b.x) : [];
+  }
+
   const charts = [
     {
       id: "skill",
@@ -71,6 +79,8 @@
       ci: (v) => v.tasks?.[state.task]?.skill_kept_ci,
       text: (y) => `skill kept ${pct(y)}`,
       title: () => "Skill kept",
+      limit: () => ideal((p) => p.tasks?.[state.task]?.skill_kept),
+      limitText: (y) => `a code on the limit line would keep ${pct(y)}`,
       marks: [[1, `100${THIN}% = fine-tune`, "left"], [0, `0${THIN}% = base`, "right"]],
     },
     {
@@ -78,6 +88,8 @@
       y: (v) => v.kl_mean,
       text: (y) => `KL ${num(y, 2)} nats`,
       title: () => "KL divergence, nats",
+      limit: () => ideal((p) => p.kl_mean),
+      limitText: (y) => `a code on the limit line would have ${num(y, 2)} nats`,
     },
     {
       id: "error", log: true, axis: "linear", // the limit is about the linear sites only
@@ -88,7 +100,9 @@
         const gap = v.above_limit?.[state.errorSpace];
         return isNum(gap) && v.codec !== "base" ? `${num(Math.abs(gap), 2)} bits ${gap < 0 ? "below" : "above"} the limit` : null;
       },
-      limit: () => data.limit?.[state.errorSpace],
+      limit: () => (data.limit?.[state.errorSpace] ?? []).map((p) => ({ x: p.bpw, y: p.error })),
+      limitText: (y) => `error ${num(y, 2)} or more`,
+      bound: true,
     },
   ];
 
@@ -141,7 +155,7 @@
       for (const [value, text, side] of spec.marks ?? []) {
         label(chart, text, side === "left" ? a.left + 6 : a.right - 6, y.getPixelForValue(value) - 3, side);
       }
-      if (spec.hasLimit) {
+      if (spec.hasBound) {
         label(chart, "No code can be here", a.left + 12, a.bottom - 26, "left");
         label(chart, "(Gaussian model)", a.left + 12, a.bottom - 10, "left");
       }
@@ -226,7 +240,7 @@
       callbacks: {
         title: ([item]) => (item?.dataset.isLimit ? "limit line" : item ? wrap(nameOf(item.raw.v)) : ""),
         label: ({ dataset, raw }) => {
-          if (dataset.isLimit) return [`${num(raw.x, 3)} bits: error ${num(raw.y, 2)} or more`];
+          if (dataset.isLimit) return [`${num(raw.x, 3)} bits:`, spec.limitText(raw.y)];
           const { v, y, ci } = raw;
           return [spec.text(y), ci && interval(ci), spec.extra?.(v),
             `${num(v.effective_bpw_linear, 3)} bits in the linear sites`, `${num(v.effective_bpw_total, 3)} bits, whole artifact`,
@@ -266,9 +280,7 @@
     if (!shown.length) return;
 
     const right = Math.max(1, Math.ceil(Math.max(...shown.map((p) => p.x)) * 10.5) / 10);
-    let limit = (spec.limit?.() ?? []).filter((p) => isNum(p.bpw) && p.error > 0).map((p) => ({ x: p.bpw, y: p.error }));
-    if (limit.length && limit[0].x > 0) limit = [{ x: 0, y: 1 }, ...limit];
-    spec.hasLimit = limit.length > 0;
+    const limit = spec.limit().filter((p) => isNum(p.x) && isNum(p.y) && (!spec.log || p.y > 0));
 
     const datasets = [...series].map(([name, { colour, shape }]) => ({
       label: name, hidden: state.hidden.has(name),
@@ -277,10 +289,12 @@
       pointStyle: shape.point, rotation: shape.rotation ?? 0, pointRadius: shape.line ? 6 : 5.5,
       pointHoverRadius: 8, pointHitRadius: 8, pointBorderWidth: shape.line ? 2.5 : 1,
     }));
-    if (spec.hasLimit) {
+    spec.hasBound = Boolean(spec.bound && limit.length);
+    if (limit.length) {
       datasets.push({
-        label: "limit", isLimit: true, data: limit, order: 1, fill: "start", backgroundColor: hatch(), borderColor: css("--limit"),
-        borderWidth: 3, borderDash: [9, 6], pointRadius: 0, pointHoverRadius: 4, pointHitRadius: 3, pointStyle: "circle",
+        label: "limit", isLimit: true, data: limit, order: 1, fill: spec.bound ? "start" : false, backgroundColor: hatch(),
+        borderColor: css("--limit"), borderWidth: 3, borderDash: [9, 6],
+        pointRadius: 0, pointHoverRadius: 4, pointHitRadius: 3, pointStyle: "circle",
       });
     }
     const options = {
@@ -350,7 +364,7 @@
       }
       const entry = document.createElement("span");
       entry.append(swatch({ colour: "--limit" }), "limit line");
-      if (spec.limit?.()?.length) box.append(entry);
+      if (spec.limit().length) box.append(entry);
     }
     for (const button of box.querySelectorAll("button")) {
       button.hidden = !shown.some((p) => p.v.name === button.dataset.series);

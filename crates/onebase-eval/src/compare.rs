@@ -12,9 +12,10 @@ use onebase_model::{Model, Tenant, TensorSpec};
 use serde::Serialize;
 
 use crate::activations::{Calibration, SecondMoment, map_sites};
+use crate::ideal::{IdealBits, write_checkpoint};
 use crate::limit::{Limit, Spectrum};
 use crate::site_error::{SiteError, read_delta, site_error, site_name, total_error};
-use crate::{Measurement, Result, Ruler, Subject, Tests, TextFile, Watcher, memory};
+use crate::{Error, Measurement, Result, Ruler, Subject, Tests, TextFile, Watcher, memory};
 
 /// The codecs that every comparison holds, with the bits of those that are swept
 /// over fixed ones.
@@ -43,18 +44,21 @@ const LINE_BITS: f64 = 6.0;
 pub struct Plan {
     codecs: Vec<(CodecSpec, bool)>,
     tables: Option<TablePlan>,
+    /// Bits per weight at which a code on the limit line is simulated.
+    ideal: Vec<f64>,
 }
 
 impl Plan {
     /// The baselines, then the codecs asked for, each written `NAME` or
     /// `NAME:OPTION=VALUE,…`. One that has an option `bits`, and to which none is
-    /// given, is swept over those of `bits` that it accepts. `tables` is how
-    /// embeddings and head are stored, else with the codec itself.
+    /// given, is swept over those of `bits` that it accepts; at each of them a code on
+    /// the limit line is simulated. `tables` is how embeddings and head are stored,
+    /// else with the codec itself.
     ///
     /// # Errors
     /// When a codec or an option is unknown.
     pub fn new(codecs: &[String], bits: &[f64], tables: Option<TablePlan>) -> Result<Self> {
-        let mut plan = Self { codecs: Vec::new(), tables };
+        let mut plan = Self { codecs: Vec::new(), tables, ideal: bits.to_vec() };
         for text in BASELINES {
             plan.add(text, &[], true)?;
         }
@@ -89,6 +93,13 @@ impl Plan {
         if !self.codecs.iter().any(|(known, _)| known.to_string() == spec.to_string()) {
             self.codecs.push((spec, baseline));
         }
+    }
+
+    /// The same without a code on the limit line, whose models take time and, for each
+    /// size, a checkpoint in f32 on disk.
+    pub fn without_ideal(mut self) -> Self {
+        self.ideal.clear();
+        self
     }
 
     /// The codecs with their options, in the order in which they are run.
@@ -141,6 +152,8 @@ pub struct Comparison {
     pub variants: Vec<Variant>,
     /// The limit lines.
     pub limit: LimitLines,
+    /// What a code on the limit line would keep.
+    pub ideal: Vec<Ideal>,
     /// How long it all took.
     pub seconds: f64,
 }
@@ -251,6 +264,23 @@ pub struct LimitPoint {
     pub error: f64,
 }
 
+/// A simulated code on the limit line of the weights' error, and what it keeps.
+#[derive(Clone, Debug, Serialize)]
+pub struct Ideal {
+    /// Bits per weight of the linear sites.
+    pub bpw_linear: f64,
+    /// Bits per weight of the whole fine-tune.
+    pub bpw_total: f64,
+    /// Tests.
+    pub tasks: Vec<TaskQuality>,
+    /// As in [`Measurement`].
+    pub kl_mean: Option<f64>,
+    /// As in [`Measurement`].
+    pub top1_agreement: Option<f64>,
+    /// Perplexity on the text.
+    pub perplexity: Option<Perplexity>,
+}
+
 /// Compresses the fine-tune with every codec of a plan into `folder`, which exists,
 /// and measures each artifact and its distance from the limit line.
 ///
@@ -317,6 +347,21 @@ pub fn compare(
         };
         variants.push(variant);
     }
+    let mut ideal = Vec::new();
+    if let Some(limit) = &weight_limit {
+        let n_weights = [n_weights_linear, pair.specs().iter().map(n_elements).sum()];
+        for bits in &plan.ideal {
+            let folder = folder.join(format!("limit-{bits}"));
+            let Some(level) = limit.level_of(*bits) else { continue };
+            let spent = write_checkpoint(&pair, level, seed, &folder, watcher)?;
+            let model = Model::load(Checkpoint::open(&folder)?)?;
+            let name = format!("limit line at {bits} bits");
+            let measured = ruler.measure(&name, Subject::own(&model), watcher)?;
+            drop(model);
+            remove(&folder)?;
+            ideal.push(Ideal::new(spent, n_weights, measured));
+        }
+    }
     let anchors = ruler.anchors();
     let text = anchors.perplexity.map(|p| MeasuredText {
         name: p.name,
@@ -347,8 +392,28 @@ pub fn compare(
             weight: weight_limit.as_ref().map(line).unwrap_or_default(),
             output: output_limit.as_ref().map(line),
         },
+        ideal,
         seconds: start.elapsed().as_secs_f64(),
     })
+}
+
+fn remove(folder: &Path) -> Result<()> {
+    std::fs::remove_dir_all(folder)
+        .map_err(|source| Error::Remove { path: folder.to_owned(), source })
+}
+
+impl Ideal {
+    #[allow(clippy::cast_precision_loss)]
+    fn new(bits: IdealBits, [n_linear, n_total]: [u64; 2], measured: Measurement) -> Self {
+        Self {
+            bpw_linear: bits.linear / n_linear.max(1) as f64,
+            bpw_total: bits.total / n_total.max(1) as f64,
+            tasks: measured.tasks,
+            kl_mean: measured.kl_mean,
+            top1_agreement: measured.top1_agreement,
+            perplexity: measured.perplexity,
+        }
+    }
 }
 
 fn linear(pair: &Pair) -> impl Iterator<Item = &TensorSpec> {
@@ -532,7 +597,6 @@ impl Variant {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Error;
 
     fn planned(codecs: &[&str], bits: &[f64]) -> Vec<String> {
         let codecs: Vec<String> = codecs.iter().map(|c| (*c).to_owned()).collect();

@@ -24,6 +24,14 @@ pub enum Error {
         /// What the system said.
         source: std::io::Error,
     },
+    /// A folder that is no longer needed could not be removed.
+    #[error("cannot remove {}", path.display())]
+    Remove {
+        /// The folder.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
     /// A line of a file is not what it must be.
     #[error("{}, line {line}: {problem}", path.display())]
     Line {

@@ -11,6 +11,7 @@ mod activations;
 mod compare;
 mod deviation;
 mod error;
+mod ideal;
 mod limit;
 mod memory;
 
@@ -22,8 +23,8 @@ mod skill;
 mod task;
 
 pub use compare::{
-    AboveLimit, CalibrationText, Comparison, Input, LimitLines, LimitPoint, MeasuredText, Plan,
-    TaskLevel, Variant, compare,
+    AboveLimit, CalibrationText, Comparison, Ideal, Input, LimitLines, LimitPoint, MeasuredText,
+    Plan, TaskLevel, Variant, compare,
 };
 pub use error::Error;
 pub use limit::{Limit, Spectrum};

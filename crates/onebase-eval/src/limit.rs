@@ -56,14 +56,19 @@ impl Spectrum {
         Self { variances: shrink(&sample, n_rows), n_rows }
     }
 
+    /// Variances, descending; those that are zero may be left out.
+    pub(crate) fn variances(&self) -> &[f64] {
+        &self.variances
+    }
+
     /// Bits at a water level.
-    fn bits(&self, level: f64) -> f64 {
+    pub(crate) fn bits(&self, level: f64) -> f64 {
         let above = self.variances.iter().take_while(|v| **v > level);
         self.n_rows * above.map(|v| 0.5 * (v / level).log2()).sum::<f64>()
     }
 
     /// The squared error at a water level.
-    fn error(&self, level: f64) -> f64 {
+    pub(crate) fn error(&self, level: f64) -> f64 {
         self.n_rows * self.variances.iter().map(|v| v.min(level)).sum::<f64>()
     }
 }
@@ -128,6 +133,12 @@ impl Limit {
 
     fn error_at(&self, level: f64) -> f64 {
         self.spectra.iter().map(|s| s.error(level)).sum::<f64>() / self.energy
+    }
+
+    /// The water level at which `bits` per weight are spent; `None` where there is
+    /// nothing to spend them on.
+    pub(crate) fn level_of(&self, bits: f64) -> Option<f64> {
+        (self.energy > 0.0).then(|| self.level(|level| self.bits_at(level) > bits))
     }
 
     /// The water level at which `is_low` turns from true to false.

@@ -156,6 +156,9 @@ pub(crate) struct CompareArgs {
     /// The report, an HTML file; its data goes beside it with the ending `.json`
     #[arg(short, long, default_value = "report.html", value_name = "FILE.html")]
     pub(crate) out: PathBuf,
+    /// Do not run a simulated code on the limit line, which writes a checkpoint for each size
+    #[arg(long)]
+    pub(crate) no_ideal: bool,
     /// Keep the artifacts in this folder
     #[arg(long, value_name = "DIR")]
     pub(crate) keep: Option<PathBuf>,

@@ -333,6 +333,18 @@ fn a_comparison_is_one_page_and_its_data() {
         assert!(points.is_sorted_by(|a, b| number(&a["error"]) > number(&b["error"])));
     }
 
+    // A code on the limit line is nearer to the fine-tune than any of its size.
+    let ideal = got["ideal"].as_array().unwrap();
+    assert_eq!(ideal.len(), 2);
+    for (point, bits) in ideal.iter().zip([0.5, 2.0]) {
+        assert!((number(&point["bpw_linear"]) - bits).abs() < 1e-6);
+        assert!(number(&point["bpw_total"]) > bits);
+        let nearest = variants.iter().filter(|v| number(&v["effective_bpw_linear"]) < bits + 0.2);
+        for variant in nearest {
+            assert!(number(&point["kl_mean"]) < number(&variant["kl_mean"]), "{variant}");
+        }
+    }
+
     let html = std::fs::read_to_string(place.path("r.html")).unwrap();
     assert!(html.starts_with("<!doctype html>"));
     for codec in &expected[1..] {
@@ -360,7 +372,8 @@ fn names_from_outside_stay_text_in_the_report() {
     let (base, math, page) = (arg("base"), place.text(name), place.text("r.html"));
     let questions = task(&place, "math");
     let args = ["compare", &base, &math, "--tasks", &questions, "--bits", "1", "-o", &page];
-    onebase(args.iter().chain(&["--codecs", "sign"])).exits(0);
+    let got = onebase(args.iter().chain(&["--codecs", "sign", "--no-ideal", "--json"])).exits(0);
+    assert_eq!(got.object()["ideal"], json!([]));
     let html = std::fs::read_to_string(place.path("r.html")).unwrap();
     assert!(!html.contains("<img"), "names are escaped");
     assert!(html.contains("&lt;img"));

@@ -21,6 +21,7 @@ pub(crate) fn run(args: &CompareArgs, output: &Output) -> anyhow::Result<()> {
         split_codecs(&args.codecs)
     };
     let plan = Plan::new(&codecs, &args.bits, args.embeddings.clone())?;
+    let plan = if args.no_ideal { plan.without_ideal() } else { plan };
     let input = Input {
         base: &args.base,
         finetune: &args.fine_tune,
