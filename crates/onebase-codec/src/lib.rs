@@ -8,6 +8,7 @@
 mod codec;
 mod codecs;
 mod error;
+mod factors;
 pub mod numerics;
 mod options;
 mod source;
@@ -17,7 +18,7 @@ pub use codec::{Codec, DeltaLinear};
 pub use codecs::CODECS;
 pub use error::Error;
 pub use options::{Kind, OptionSpec, Options};
-pub use source::{DeltaSource, for_each_block, read_wide};
+pub use source::{DeltaSource, for_each_block, read_finite, read_wide};
 pub use spec::CodecSpec;
 
 /// The result of this crate's operations.

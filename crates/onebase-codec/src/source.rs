@@ -70,16 +70,24 @@ pub fn for_each_block<C: Send, S: Send>(
     })
 }
 
-/// Reads rows of a delta widened to f64, `[rows.len(), in_features]`.
+/// Reads rows of a delta, `[rows.len(), in_features]`.
 ///
 /// # Errors
 /// When they cannot be read or hold NaN or ∞.
-pub fn read_wide(delta: &dyn DeltaSource, rows: Range<usize>) -> Result<Vec<f64>> {
+pub fn read_finite(delta: &dyn DeltaSource, rows: Range<usize>) -> Result<Vec<f32>> {
     let n_cols = delta.shape()[1];
-    let mut narrow = vec![0.0; rows.len() * n_cols];
-    delta.read_rows(rows.clone(), &mut narrow)?;
-    check_finite(&narrow, rows.start, n_cols)?;
-    Ok(narrow.into_iter().map(f64::from).collect())
+    let mut weights = vec![0.0; rows.len() * n_cols];
+    delta.read_rows(rows.clone(), &mut weights)?;
+    check_finite(&weights, rows.start, n_cols)?;
+    Ok(weights)
+}
+
+/// [`read_finite`], widened to f64.
+///
+/// # Errors
+/// As there.
+pub fn read_wide(delta: &dyn DeltaSource, rows: Range<usize>) -> Result<Vec<f64>> {
+    Ok(read_finite(delta, rows)?.into_iter().map(f64::from).collect())
 }
 
 /// Checks rows from `first` on.

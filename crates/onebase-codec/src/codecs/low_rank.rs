@@ -14,12 +14,12 @@
 
 use std::ops::Range;
 
-use half::bf16;
 use onebase_kernels::Backend;
-use onebase_tensor::{EncodedDelta, MatrixMut, MatrixRef, PartData, WeightRef, saturating_bf16};
+use onebase_tensor::{EncodedDelta, MatrixMut, MatrixRef};
 
-use crate::numerics::{Eigen, add_gram_of_columns, gram, product, symmetric_eigen};
-use crate::{Codec, DeltaLinear, DeltaSource, Kind, OptionSpec, Options, Result, read_wide};
+use crate::factors::Factors;
+use crate::numerics::{SvdMethod, truncated_svd};
+use crate::{Codec, DeltaLinear, DeltaSource, Kind, OptionSpec, Options, Result};
 
 /// `Δ ≈ u v`. Part `u`: `[out_features, rank]`, BF16; part `v`:
 /// `[rank, in_features]`, BF16; each has the square root of the singular values.
@@ -56,18 +56,9 @@ impl Codec for LowRank {
     fn encode(&self, options: &Options, delta: &dyn DeltaSource) -> Result<EncodedDelta> {
         let shape @ [n_rows, n_cols] = delta.shape();
         let rank = rank(options, shape);
-        let (u, v) = if n_rows < n_cols {
-            wide_factors(&read_wide(delta, 0..n_rows)?, shape, rank)?
-        } else {
-            tall_factors(delta, rank)?
-        };
-        Ok(EncodedDelta::new(
-            shape,
-            [
-                ("u", vec![n_rows, rank], PartData::BF16(u)),
-                ("v", vec![rank, n_cols], PartData::BF16(v)),
-            ],
-        ))
+        let svd = truncated_svd(delta, rank, SvdMethod::Full)?;
+        let [u, v] = Factors::from_svd(&svd, shape).into_data();
+        Ok(EncodedDelta::new(shape, [("u", vec![n_rows, rank], u), ("v", vec![rank, n_cols], v)]))
     }
 
     fn prepare(&self, options: &Options, delta: EncodedDelta) -> Result<Box<dyn DeltaLinear>> {
@@ -77,78 +68,8 @@ impl Codec for LowRank {
         let u = parts.take_bf16("u", &[n_rows, rank])?;
         let v = parts.take_bf16("v", &[rank, n_cols])?;
         parts.finish()?;
-        Ok(Box::new(LowRankDelta { shape, rank, u, v }))
+        Ok(Box::new(LowRankDelta { shape, factors: Factors::new(shape, rank, u, v) }))
     }
-}
-
-/// The factors `u` and `v` of a matrix with fewer rows than columns.
-fn wide_factors(
-    delta: &[f64],
-    shape @ [n_rows, n_cols]: [usize; 2],
-    rank: usize,
-) -> Result<(Vec<bf16>, Vec<bf16>)> {
-    let (gram, n) = gram(delta, shape);
-    let Eigen { values, vectors } = symmetric_eigen(&gram, n)?;
-    let left = &vectors[..rank * n_rows];
-    let right = product(left, delta, [rank, n_rows, n_cols]);
-    let mut u = Vec::with_capacity(n_rows * rank);
-    for row in 0..n_rows {
-        u.extend((0..rank).map(|r| rounded(left[r * n_rows + row] * root(values[r]))));
-    }
-    let v = right.iter().enumerate().map(|(i, v)| over_root(*v, values[i / n_cols])).collect();
-    Ok((u, v))
-}
-
-/// The factors `u` and `v` of a matrix with at least as many rows as columns, which
-/// is read twice.
-fn tall_factors(delta: &dyn DeltaSource, rank: usize) -> Result<(Vec<bf16>, Vec<bf16>)> {
-    let [n_rows, n_cols] = delta.shape();
-    let mut gram = vec![0.0; n_cols * n_cols];
-    for_each_wide_block(delta, |block, n| add_gram_of_columns(block, [n, n_cols], &mut gram))?;
-    let Eigen { values, vectors } = symmetric_eigen(&gram, n_cols)?;
-    let right = &vectors[..rank * n_cols];
-    let columns: Vec<f64> =
-        (0..n_cols * rank).map(|i| right[i % rank * n_cols + i / rank]).collect();
-    let mut u = Vec::with_capacity(n_rows * rank);
-    for_each_wide_block(delta, |block, n| {
-        let left = product(block, &columns, [n, n_cols, rank]);
-        u.extend(left.iter().enumerate().map(|(i, u)| over_root(*u, values[i % rank])));
-    })?;
-    let v = right.iter().enumerate().map(|(i, v)| rounded(v * root(values[i / n_cols]))).collect();
-    Ok((u, v))
-}
-
-/// Weights that are widened at a time.
-const BLOCK_WEIGHTS: usize = 1 << 20;
-
-/// Calls `each` with blocks of rows in their order, widened to f64, and the number
-/// of rows of each.
-fn for_each_wide_block(delta: &dyn DeltaSource, mut each: impl FnMut(&[f64], usize)) -> Result<()> {
-    let [n_rows, n_cols] = delta.shape();
-    let block_rows = (BLOCK_WEIGHTS / n_cols.max(1)).max(1);
-    for first in (0..n_rows).step_by(block_rows) {
-        let rows = first..n_rows.min(first + block_rows);
-        each(&read_wide(delta, rows.clone())?, rows.len());
-    }
-    Ok(())
-}
-
-/// The root of a singular value, from its square.
-fn root(square: f64) -> f64 {
-    square.max(0.0).sqrt().sqrt()
-}
-
-/// The root of a singular value on both sides keeps the factors alike in
-/// magnitude, and both far inside the range of bf16. Of a product with a singular
-/// vector, which has the value itself, it is what is left over the root.
-fn over_root(product: f64, square: f64) -> bf16 {
-    let root = root(square);
-    if root > 0.0 { rounded(product / root) } else { bf16::ZERO }
-}
-
-fn rounded(value: f64) -> bf16 {
-    #[allow(clippy::cast_possible_truncation)]
-    saturating_bf16(value as f32)
 }
 
 /// The greatest rank at which two factors of 16-bit elements take no more than
@@ -163,16 +84,8 @@ fn rank(options: &Options, shape: [usize; 2]) -> usize {
 
 struct LowRankDelta {
     shape: [usize; 2],
-    rank: usize,
-    /// `[out_features, rank]`.
-    u: Vec<bf16>,
-    /// `[rank, in_features]`.
-    v: Vec<bf16>,
+    factors: Factors,
 }
-
-/// Rows and input features that are decoded at a time: an element of `v` is
-/// widened once for all the rows, and their sums stay in the first-level cache.
-const TILE: [usize; 2] = [8, 256];
 
 impl DeltaLinear for LowRankDelta {
     fn shape(&self) -> [usize; 2] {
@@ -180,53 +93,15 @@ impl DeltaLinear for LowRankDelta {
     }
 
     fn add_to(&self, backend: Backend, x: MatrixRef<'_>, y: &mut MatrixMut<'_>) {
-        let n_rows = x.n_rows();
-        let mut inner = vec![0.0; n_rows * self.rank];
-        let Ok(mut inner) = MatrixMut::new(&mut inner, n_rows, self.rank) else {
-            unreachable!("the buffer was sized for the product")
-        };
-        backend.add_dense(WeightRef::BF16(&self.v), x, &mut inner);
-        backend.add_dense(WeightRef::BF16(&self.u), inner.as_ref(), y);
+        self.factors.add_to(backend, x, y);
     }
 
-    /// Sums in f64, where no sum of products of bf16 numbers overflows, in
-    /// ascending order of the rank: the same weights on every processor.
     fn write_rows(&self, rows: Range<usize>, out: &mut [f32]) {
-        let n_cols = self.shape[1];
-        if n_cols == 0 {
-            return;
-        }
-        let max = f64::from(f32::MAX);
-        let [tile_rows, tile_cols] = TILE;
-        let mut sums = [[0.0; TILE[1]]; TILE[0]];
-        let mut wide = [0.0; TILE[1]];
-        for (first, out) in rows.step_by(tile_rows).zip(out.chunks_mut(tile_rows * n_cols)) {
-            for from in (0..n_cols).step_by(tile_cols) {
-                let cols = from..n_cols.min(from + tile_cols);
-                sums.fill([0.0; TILE[1]]);
-                for (r, v) in self.v.chunks(n_cols).enumerate() {
-                    for (wide, v) in wide.iter_mut().zip(&v[cols.clone()]) {
-                        *wide = f64::from(v.to_f32());
-                    }
-                    for (row, sums) in (first..first + out.len() / n_cols).zip(&mut sums) {
-                        let u = f64::from(self.u[row * self.rank + r].to_f32());
-                        for (sum, v) in sums.iter_mut().zip(&wide) {
-                            *sum += u * v;
-                        }
-                    }
-                }
-                for (out, sums) in out.chunks_mut(n_cols).zip(&sums) {
-                    #[allow(clippy::cast_possible_truncation)]
-                    for (out, sum) in out[cols.clone()].iter_mut().zip(sums) {
-                        *out = sum.clamp(-max, max) as f32;
-                    }
-                }
-            }
-        }
+        self.factors.write_rows(rows, out);
     }
 
     fn resident_bytes(&self) -> usize {
-        (self.u.len() + self.v.len()) * size_of::<bf16>()
+        self.factors.resident_bytes()
     }
 }
 
@@ -234,6 +109,7 @@ impl DeltaLinear for LowRankDelta {
 mod tests {
     use super::*;
     use crate::CodecSpec;
+    use crate::numerics::{gram, symmetric_eigen};
     use onebase_tensor::stream;
     use rand_distr::{Distribution, StandardNormal};
 
@@ -285,20 +161,5 @@ mod tests {
             let power: f64 = squares.iter().sum();
             assert!((error - best).abs() < 1e-4 * power, "{bits}: {error} {best}");
         }
-    }
-
-    #[test]
-    fn parts_of_any_finite_numbers_decode_to_finite_weights() {
-        let spec: CodecSpec = "low-rank:bits=16".parse().unwrap();
-        let shape @ [n_rows, n_cols] = [20, 30];
-        let rank = rank(spec.options(), shape);
-        assert!(rank > 1);
-        let alternating = |n: usize| (0..n).map(|i| [bf16::MAX, bf16::MIN][i % 2]).collect();
-        let parts = [
-            ("u", vec![n_rows, rank], PartData::BF16(vec![bf16::MAX; n_rows * rank])),
-            ("v", vec![rank, n_cols], PartData::BF16(alternating(rank * n_cols))),
-        ];
-        let prepared = spec.prepare(EncodedDelta::new(shape, parts)).unwrap();
-        assert!(decode(&*prepared).iter().all(|w| w.abs() == f32::MAX));
     }
 }

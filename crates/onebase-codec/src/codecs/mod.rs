@@ -15,4 +15,5 @@ codecs! {
     rtn::Rtn,
     sign::Sign,
     low_rank::LowRank,
+    dqrelo::Dqrelo,
 }

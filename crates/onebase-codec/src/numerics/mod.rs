@@ -2,6 +2,8 @@
 
 mod eigen;
 mod products;
+mod truncated;
 
 pub use eigen::{Eigen, symmetric_eigen, symmetric_eigenvalues};
 pub use products::{add_gram_of_columns, gram, product, product_transposed};
+pub use truncated::{SvdMethod, Truncated, truncated_svd};
