@@ -62,46 +62,61 @@ impl Factors {
     }
 
     /// Decodes rows, as [`crate::DeltaLinear::write_rows`].
-    ///
-    /// Sums in f64, where no sum of products of bf16 numbers overflows, in
-    /// ascending order of the rank: the same weights on every processor.
     pub(crate) fn write_rows(&self, rows: Range<usize>, out: &mut [f32]) {
-        let n_cols = self.shape[1];
-        if n_cols == 0 {
-            return;
-        }
-        let max = f64::from(f32::MAX);
-        let [tile_rows, tile_cols] = TILE;
-        let mut sums = [[0.0; TILE[1]]; TILE[0]];
-        let mut wide = [0.0; TILE[1]];
-        for (first, out) in rows.step_by(tile_rows).zip(out.chunks_mut(tile_rows * n_cols)) {
-            for from in (0..n_cols).step_by(tile_cols) {
-                let cols = from..n_cols.min(from + tile_cols);
-                sums.fill([0.0; TILE[1]]);
-                for (r, v) in self.v.chunks(n_cols).enumerate() {
-                    for (wide, v) in wide.iter_mut().zip(&v[cols.clone()]) {
-                        *wide = f64::from(v.to_f32());
-                    }
-                    for (row, sums) in (first..first + out.len() / n_cols).zip(&mut sums) {
-                        let u = f64::from(self.u[row * self.rank + r].to_f32());
-                        for (sum, v) in sums.iter_mut().zip(&wide) {
-                            *sum += u * v;
-                        }
-                    }
-                }
-                for (out, sums) in out.chunks_mut(n_cols).zip(&sums) {
-                    #[allow(clippy::cast_possible_truncation)]
-                    for (out, sum) in out[cols.clone()].iter_mut().zip(sums) {
-                        *out = sum.clamp(-max, max) as f32;
-                    }
-                }
-            }
-        }
+        let [_, n_cols] = self.shape;
+        let u = |row: usize, r: usize| f64::from(self.u[row * self.rank + r].to_f32());
+        let v = |r: usize, cols: Range<usize>, wide: &mut [f64]| {
+            let row = &self.v[r * n_cols..(r + 1) * n_cols];
+            wide.iter_mut().zip(&row[cols]).for_each(|(w, v)| *w = f64::from(v.to_f32()));
+        };
+        write_product(rows, out, [self.rank, n_cols], u, v);
     }
 
     /// Bytes of memory it holds.
     pub(crate) fn resident_bytes(&self) -> usize {
         (self.u.len() + self.v.len()) * size_of::<bf16>()
+    }
+}
+
+/// Decodes rows of `u v` into `out`, `[rows.len(), n_cols]`: `u(row, r)` is an element
+/// and `v(r, columns, out)` writes a piece of a row.
+///
+/// Sums in f64, where no sum of products of 16-bit numbers overflows, in ascending
+/// order of the rank: the same weights on every processor.
+pub(crate) fn write_product(
+    rows: Range<usize>,
+    out: &mut [f32],
+    [rank, n_cols]: [usize; 2],
+    u: impl Fn(usize, usize) -> f64,
+    v: impl Fn(usize, Range<usize>, &mut [f64]),
+) {
+    if n_cols == 0 {
+        return;
+    }
+    let max = f64::from(f32::MAX);
+    let [tile_rows, tile_cols] = TILE;
+    let mut sums = [[0.0; TILE[1]]; TILE[0]];
+    let mut wide = [0.0; TILE[1]];
+    for (first, out) in rows.step_by(tile_rows).zip(out.chunks_mut(tile_rows * n_cols)) {
+        for from in (0..n_cols).step_by(tile_cols) {
+            let cols = from..n_cols.min(from + tile_cols);
+            sums.fill([0.0; TILE[1]]);
+            for r in 0..rank {
+                v(r, cols.clone(), &mut wide[..cols.len()]);
+                for (row, sums) in (first..first + out.len() / n_cols).zip(&mut sums) {
+                    let u = u(row, r);
+                    for (sum, v) in sums.iter_mut().zip(&wide) {
+                        *sum += u * v;
+                    }
+                }
+            }
+            for (out, sums) in out.chunks_mut(n_cols).zip(&sums) {
+                #[allow(clippy::cast_possible_truncation)]
+                for (out, sum) in out[cols.clone()].iter_mut().zip(sums) {
+                    *out = sum.clamp(-max, max) as f32;
+                }
+            }
+        }
     }
 }
 

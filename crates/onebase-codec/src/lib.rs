@@ -7,10 +7,12 @@
 
 mod codec;
 mod codecs;
+mod coded_factors;
 mod error;
 mod factors;
 pub mod numerics;
 mod options;
+mod signs;
 mod source;
 mod spec;
 

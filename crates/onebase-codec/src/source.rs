@@ -90,6 +90,27 @@ pub fn read_wide(delta: &dyn DeltaSource, rows: Range<usize>) -> Result<Vec<f64>
     Ok(read_finite(delta, rows)?.into_iter().map(f64::from).collect())
 }
 
+/// What is taken off rows of a delta, `[rows.len(), in_features]`.
+pub(crate) type Taken<'a> = &'a (dyn Fn(Range<usize>, &mut [f32]) + Sync);
+
+/// A delta less what something else holds of it.
+pub(crate) struct Less<'a> {
+    pub(crate) delta: &'a dyn DeltaSource,
+    pub(crate) taken: Taken<'a>,
+}
+
+impl DeltaSource for Less<'_> {
+    fn shape(&self) -> [usize; 2] {
+        self.delta.shape()
+    }
+
+    fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) -> Result<()> {
+        self.delta.read_rows(rows.clone(), out)?;
+        (self.taken)(rows, out);
+        Ok(())
+    }
+}
+
 /// Checks rows from `first` on.
 fn check_finite(weights: &[f32], first: usize, n_cols: usize) -> Result<()> {
     match first_not_finite(weights) {

@@ -17,12 +17,14 @@
 
 use std::ops::Range;
 
-use onebase_kernels::{Backend, Sign as SignMatrix, plane_bytes};
-use onebase_tensor::{EncodedDelta, MatrixMut, MatrixRef, PartData};
+use onebase_kernels::{Backend, plane_bytes};
+use onebase_tensor::{EncodedDelta, MatrixMut, MatrixRef};
 
 use crate::factors::Factors;
 use crate::numerics::{SvdMethod, truncated_svd};
-use crate::{Codec, DeltaLinear, DeltaSource, Kind, OptionSpec, Options, Result, for_each_block};
+use crate::signs::{Signs, finite_sum};
+use crate::source::Less;
+use crate::{Codec, DeltaLinear, DeltaSource, Kind, OptionSpec, Options, Result};
 
 /// Parts `sign`: `[out_features, plane_bytes]`, U8, as the codec `sign` packs them;
 /// `scale`: `[1]`, F32; `u`: `[out_features, rank]`, BF16; `v`: `[rank, in_features]`,
@@ -85,23 +87,24 @@ impl Codec for Dqrelo {
             Ok(Factors::from_svd(&truncated_svd(of, rank, method)?, shape))
         };
         let (signs, factors) = if options.choice("order") == "sign-first" {
-            let signs = Signs::of(delta)?;
-            let residual = Less { delta, taken: &|_, w| w.iter_mut().for_each(|w| signs.take(w)) };
-            let factors = factors(&residual)?;
+            let signs = Signs::fit(delta, true)?;
+            let less_signs = |rows: Range<usize>, weights: &mut [f32]| {
+                signs.visit(rows, weights, |w, taken| *w = finite_sum(*w, -taken));
+            };
+            let factors = factors(&Less { delta, taken: &less_signs })?;
             (signs, factors)
         } else {
             let factors = factors(delta)?;
-            let taken = |rows: Range<usize>, w: &mut [f32]| {
-                let mut product = vec![0.0; w.len()];
-                factors.write_rows(rows, &mut product);
-                w.iter_mut().zip(&product).for_each(|(w, p)| *w = difference(*w, *p));
+            let less_factors = |rows: Range<usize>, weights: &mut [f32]| {
+                let mut taken = vec![0.0; weights.len()];
+                factors.write_rows(rows, &mut taken);
+                weights.iter_mut().zip(&taken).for_each(|(w, taken)| *w = finite_sum(*w, -taken));
             };
-            let signs = Signs::of(&Less { delta, taken: &taken })?;
+            let signs = Signs::fit(&Less { delta, taken: &less_factors }, true)?;
             (signs, factors)
         };
-        let plane = plane_bytes(n_cols);
-        let scale = ("scale", vec![1], PartData::F32(vec![signs.scale]));
-        let sign = ("sign", vec![n_rows, plane], PartData::U8(signs.bits));
+        let [(scale_shape, scale), (sign_shape, sign)] = signs.into_data();
+        let (scale, sign) = (("scale", scale_shape, scale), ("sign", sign_shape, sign));
         if rank == 0 {
             return Ok(EncodedDelta::new(shape, [scale, sign]));
         }
@@ -122,8 +125,8 @@ impl Codec for Dqrelo {
             v = parts.take_bf16("v", &[rank, n_cols])?;
         }
         parts.finish()?;
-        let factors = Factors::new(shape, rank, u, v);
-        Ok(Box::new(DqreloDelta { shape, bits, scale: vec![scale; n_rows], factors }))
+        let signs = Signs::with_shared_scale(shape, bits, scale);
+        Ok(Box::new(DqreloDelta { shape, signs, factors: Factors::new(shape, rank, u, v) }))
     }
 }
 
@@ -137,68 +140,9 @@ fn rank(options: &Options, shape: [usize; 2]) -> usize {
     rank.min(shape[0]).min(shape[1])
 }
 
-/// The signs of a matrix and their scale.
-struct Signs {
-    /// `[out_features, plane_bytes]`.
-    bits: Vec<u8>,
-    scale: f32,
-}
-
-impl Signs {
-    fn of(delta: &dyn DeltaSource) -> Result<Self> {
-        let [n_rows, n_cols] = delta.shape();
-        let plane = plane_bytes(n_cols);
-        let backend = Backend::active();
-        let mut bits = vec![0; n_rows * plane];
-        let mut sums = vec![0.0; n_rows];
-        for_each_block(delta, (&mut bits, plane), (&mut sums, 1), |block, bits, sums| {
-            let rows = block.data().chunks(n_cols).zip(bits.chunks_mut(plane));
-            for ((row, bits), sum) in rows.zip(sums) {
-                *sum = backend.pack_signs(row, bits);
-            }
-        })?;
-        #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation)]
-        let scale = (sums.iter().sum::<f64>() / (n_rows * n_cols).max(1) as f64) as f32;
-        Ok(Self { bits, scale })
-    }
-
-    /// Takes its share off a weight.
-    fn take(&self, weight: &mut f32) {
-        *weight -= if *weight > 0.0 { self.scale } else { -self.scale };
-    }
-}
-
-/// `a − b`, kept finite.
-fn difference(a: f32, b: f32) -> f32 {
-    (a - b).clamp(-f32::MAX, f32::MAX)
-}
-
-/// What is taken off rows of a delta, `[rows.len(), in_features]`.
-type Taken<'a> = &'a (dyn Fn(Range<usize>, &mut [f32]) + Sync);
-
-/// A delta less what something else holds of it.
-struct Less<'a> {
-    delta: &'a dyn DeltaSource,
-    taken: Taken<'a>,
-}
-
-impl DeltaSource for Less<'_> {
-    fn shape(&self) -> [usize; 2] {
-        self.delta.shape()
-    }
-
-    fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) -> Result<()> {
-        self.delta.read_rows(rows.clone(), out)?;
-        (self.taken)(rows, out);
-        Ok(())
-    }
-}
-
 struct DqreloDelta {
     shape: [usize; 2],
-    bits: Vec<u8>,
-    /// The matrix's scale, once for each of `[out_features]`.
-    scale: Vec<f32>,
+    signs: Signs,
     factors: Factors,
 }
 
@@ -208,30 +152,17 @@ impl DeltaLinear for DqreloDelta {
     }
 
     fn add_to(&self, backend: Backend, x: MatrixRef<'_>, y: &mut MatrixMut<'_>) {
-        let signs = SignMatrix { bits: &self.bits, scale: &self.scale, in_features: self.shape[1] };
-        backend.add_sign(signs, x, y);
+        self.signs.add_to(backend, x, y);
         self.factors.add_to(backend, x, y);
     }
 
     fn write_rows(&self, rows: Range<usize>, out: &mut [f32]) {
-        let n_cols = self.shape[1];
-        if n_cols == 0 {
-            return;
-        }
         self.factors.write_rows(rows.clone(), out);
-        let plane = plane_bytes(n_cols);
-        for (row, out) in rows.zip(out.chunks_mut(n_cols)) {
-            let bits = &self.bits[row * plane..(row + 1) * plane];
-            for (k, out) in out.iter_mut().enumerate() {
-                let positive = bits[k / 8] >> (k % 8) & 1 == 1;
-                let scale = self.scale[row];
-                *out = difference(*out, if positive { -scale } else { scale });
-            }
-        }
+        self.signs.visit(rows, out, |out, weight| *out = finite_sum(*out, weight));
     }
 
     fn resident_bytes(&self) -> usize {
-        self.bits.len() + self.scale.len() * size_of::<f32>() + self.factors.resident_bytes()
+        self.signs.resident_bytes() + self.factors.resident_bytes()
     }
 }
 
@@ -268,15 +199,10 @@ mod tests {
     #[test]
     fn the_papers_example() {
         let delta = [0.6, -1.1, 0.6, -0.7, 1.0, 1.0, -0.8, 0.8, -1.4];
-        let signs = Signs::of(&MatrixRef::new(&delta, 3, 3).unwrap()).unwrap();
-        assert!((signs.scale - 8.0 / 9.0).abs() < 1e-7, "{}", signs.scale);
-        let plane = plane_bytes(3);
-        let rows: Vec<u8> = signs.bits.chunks(plane).map(|row| row[0]).collect();
-        assert_eq!(rows, [0b101, 0b110, 0b010]);
-        // One bit alone.
+        // One bit alone: the signs, times a scale of 8/9.
         let got = round_trip("bits=1", &delta, [3, 3]);
         for (got, delta) in got.iter().zip(delta) {
-            assert_eq!(*got, signs.scale.copysign(delta));
+            assert!((got - (8.0f32 / 9.0).copysign(delta)).abs() < 1e-7, "{got}");
         }
     }
 
@@ -312,17 +238,10 @@ mod tests {
     fn the_error_is_what_the_identities_say() {
         let shape @ [rows, cols] = [300, 200];
         let data = gaussian(rows * cols);
-        let signs = Signs::of(&MatrixRef::new(&data, rows, cols).unwrap()).unwrap();
-        let residual: Vec<f32> = data
-            .iter()
-            .map(|w| {
-                let mut w = *w;
-                signs.take(&mut w);
-                w
-            })
-            .collect();
+        let one_bit = round_trip("bits=1", &data, shape);
+        let residual: Vec<f32> = data.iter().zip(&one_bit).map(|(w, s)| w - s).collect();
         let (energy, left) = (squares(data.iter().copied()), squares(residual.iter().copied()));
-        let by_scale = (rows * cols) as f64 * f64::from(signs.scale).powi(2);
+        let by_scale = (rows * cols) as f64 * f64::from(one_bit[0]).powi(2);
         assert!((left / (energy - by_scale) - 1.0).abs() < 1e-5);
         assert!((left / energy - (1.0 - 2.0 / std::f64::consts::PI)).abs() < 0.01);
 

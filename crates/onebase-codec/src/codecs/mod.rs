@@ -16,4 +16,5 @@ codecs! {
     sign::Sign,
     low_rank::LowRank,
     dqrelo::Dqrelo,
+    dqrelo_plus::DqreloPlus,
 }

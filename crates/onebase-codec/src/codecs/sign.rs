@@ -8,11 +8,11 @@
 
 use std::ops::Range;
 
-use half::bf16;
-use onebase_kernels::{Backend, Sign as SignMatrix, plane_bytes};
-use onebase_tensor::{EncodedDelta, MatrixMut, MatrixRef, PartData, saturating_bf16};
+use onebase_kernels::{Backend, plane_bytes};
+use onebase_tensor::{EncodedDelta, MatrixMut, MatrixRef};
 
-use crate::{Codec, DeltaLinear, DeltaSource, Kind, OptionSpec, Options, Result, for_each_block};
+use crate::signs::Signs;
+use crate::{Codec, DeltaLinear, DeltaSource, Kind, OptionSpec, Options, Result};
 
 /// Part `sign`: `[out_features, plane_bytes]`, U8, 1 where the delta is positive;
 /// bit `k mod 8` of byte `k / 8` belongs to input feature `k`, rows are padded to
@@ -46,42 +46,23 @@ impl Codec for Sign {
     }
 
     fn encode(&self, options: &Options, delta: &dyn DeltaSource) -> Result<EncodedDelta> {
-        let shape @ [n_rows, n_cols] = delta.shape();
-        let plane = plane_bytes(n_cols);
-        let backend = Backend::active();
-        let mut bits = vec![0; n_rows * plane];
-        let mut sums = vec![0.0; n_rows];
-        for_each_block(delta, (&mut bits, plane), (&mut sums, 1), |block, bits, sums| {
-            let rows = block.data().chunks(n_cols).zip(bits.chunks_mut(plane));
-            for ((row, bits), sum) in rows.zip(sums) {
-                *sum = backend.pack_signs(row, bits);
-            }
-        })?;
-        #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation)]
-        let mean = |sum: f64, n: usize| if n == 0 { 0.0 } else { (sum / n as f64) as f32 };
-        let (scale_shape, scale) = if per_row(options) {
-            let means = sums.iter().map(|sum| saturating_bf16(mean(*sum, n_cols)));
-            (vec![n_rows], PartData::BF16(means.collect()))
-        } else {
-            (vec![1], PartData::F32(vec![mean(sums.iter().sum(), n_rows * n_cols)]))
-        };
-        Ok(EncodedDelta::new(
-            shape,
-            [("scale", scale_shape, scale), ("sign", vec![n_rows, plane], PartData::U8(bits))],
-        ))
+        let signs = Signs::fit(delta, !per_row(options))?;
+        let [(scale_shape, scale), (sign_shape, sign)] = signs.into_data();
+        let parts = [("scale", scale_shape, scale), ("sign", sign_shape, sign)];
+        Ok(EncodedDelta::new(delta.shape(), parts))
     }
 
     fn prepare(&self, options: &Options, delta: EncodedDelta) -> Result<Box<dyn DeltaLinear>> {
         let shape @ [n_rows, n_cols] = delta.shape;
         let mut parts = delta.into_parts();
         let bits = parts.take_u8("sign", &[n_rows, plane_bytes(n_cols)])?;
-        let scale = if per_row(options) {
-            parts.take_bf16("scale", &[n_rows])?.into_iter().map(bf16::to_f32).collect()
+        let signs = if per_row(options) {
+            Signs::with_row_scales(shape, bits, &parts.take_bf16("scale", &[n_rows])?)
         } else {
-            vec![parts.take_f32("scale", &[1])?[0]; n_rows]
+            Signs::with_shared_scale(shape, bits, parts.take_f32("scale", &[1])?[0])
         };
         parts.finish()?;
-        Ok(Box::new(SignDelta { shape, bits, scale }))
+        Ok(Box::new(SignDelta { shape, signs }))
     }
 }
 
@@ -91,9 +72,7 @@ fn per_row(options: &Options) -> bool {
 
 struct SignDelta {
     shape: [usize; 2],
-    bits: Vec<u8>,
-    /// `[out_features]`.
-    scale: Vec<f32>,
+    signs: Signs,
 }
 
 impl DeltaLinear for SignDelta {
@@ -102,27 +81,14 @@ impl DeltaLinear for SignDelta {
     }
 
     fn add_to(&self, backend: Backend, x: MatrixRef<'_>, y: &mut MatrixMut<'_>) {
-        let delta =
-            SignMatrix { bits: &self.bits, scale: &self.scale, in_features: self.shape[1] };
-        backend.add_sign(delta, x, y);
+        self.signs.add_to(backend, x, y);
     }
 
     fn write_rows(&self, rows: Range<usize>, out: &mut [f32]) {
-        let n_cols = self.shape[1];
-        let plane = plane_bytes(n_cols);
-        if n_cols == 0 {
-            return;
-        }
-        for (row, out) in rows.zip(out.chunks_mut(n_cols)) {
-            let bits = &self.bits[row * plane..(row + 1) * plane];
-            let scale = self.scale[row];
-            for (k, out) in out.iter_mut().enumerate() {
-                *out = if bits[k / 8] >> (k % 8) & 1 == 1 { scale } else { -scale };
-            }
-        }
+        self.signs.visit(rows, out, |out, weight| *out = weight);
     }
 
     fn resident_bytes(&self) -> usize {
-        self.bits.len() + self.scale.len() * size_of::<f32>()
+        self.signs.resident_bytes()
     }
 }
