@@ -58,8 +58,8 @@ fn figures(manifest: &Manifest, sizes: &Sizes) -> String {
     for (method, count) in methods(manifest) {
         row(&format!("tensors stored as {method}"), count.to_string());
     }
-    if let Some(quality) = &manifest.quality {
-        text.push_str(&quality_figures(quality));
+    if let Some(quality) = manifest.quality() {
+        text.push_str(&quality_figures(&quality));
     }
     text
 }
@@ -76,7 +76,7 @@ fn quality_figures(quality: &Quality) -> String {
     );
     if !quality.tasks.is_empty() {
         text.push_str(
-            "\n| test | questions | base | fine-tune | compressed | skill kept | KL | same likeliest token |\n\
+            "\n| task | questions | base | fine-tune | compressed | skill kept | KL | top-1 agreement |\n\
              |---|---|---|---|---|---|---|---|\n",
         );
     }
@@ -102,17 +102,19 @@ fn quality_figures(quality: &Quality) -> String {
     if let Some(perplexity) = &quality.perplexity {
         let _ = writeln!(
             text,
-            "\nPerplexity on {} ({} tokens, {} at a time): base {}, fine-tune {:.4}, compressed {}.",
+            "\nPerplexity on {} ({} tokens, {} at a time): base {}, fine-tune {}, compressed {}.",
             perplexity.name,
             perplexity.n_tokens,
             perplexity.window_tokens,
             number(perplexity.base),
-            perplexity.finetune,
+            number(perplexity.finetune),
             number(perplexity.compressed),
         );
     }
     if let Some(error) = quality.error {
-        let output = error.output.map(|e| format!(", of its outputs {e:.4}"));
+        let on = quality.calibration.as_ref().map(|text| format!(" on {}", text.name));
+        let output =
+            error.output.map(|e| format!(", of its outputs{} {e:.4}", on.unwrap_or_default()));
         let _ = writeln!(
             text,
             "\nRelative squared error of the linear sites' delta: {:.4}{}.",

@@ -1,6 +1,10 @@
+use std::fmt;
 use std::str::FromStr;
 
 use onebase_codec::CodecSpec;
+
+/// [`TablePlan::Exact`], as it is written.
+const EXACT: &str = "exact";
 
 /// How the tensors of a fine-tune are stored. Norms and biases are always exact.
 #[derive(Clone, Debug)]
@@ -20,10 +24,19 @@ pub enum TablePlan {
     Codec(CodecSpec),
 }
 
+impl fmt::Display for TablePlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            TablePlan::Exact => f.write_str(EXACT),
+            TablePlan::Codec(codec) => codec.fmt(f),
+        }
+    }
+}
+
 impl FromStr for TablePlan {
     type Err = onebase_codec::Error;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        if text == "exact" { Ok(TablePlan::Exact) } else { text.parse().map(TablePlan::Codec) }
+        if text == EXACT { Ok(TablePlan::Exact) } else { text.parse().map(TablePlan::Codec) }
     }
 }

@@ -211,7 +211,9 @@
     if (spec.log) {
       const right = Math.max(...shown.map((p) => p.x));
       const reached = limit.filter((p) => p.x <= right).map((p) => p.y);
-      const low = Math.min(...ys, ...reached) / 1.5, high = Math.max(...ys, ...reached) * 1.4;
+      // A limit that falls away steeply may not squeeze the points.
+      const least = Math.min(...ys);
+      const low = Math.max(Math.min(least, ...reached), least / 50) / 1.5, high = Math.max(...ys, ...reached) * 1.4;
       return [Math.min(low, high / 12), high];
     }
     // Bars count too, but wild ones may not squeeze the points.

@@ -13,6 +13,9 @@ use crate::{Result, Watcher};
 /// fit it, the text being run once for each group.
 const MOMENT_BYTES: usize = 1 << 30;
 
+/// Bytes of an element of a second moment, in f64 and in f32.
+const MOMENT_ELEMENT_BYTES: usize = 12;
+
 /// Tokens of the calibration text that are run as one document, and together.
 const WINDOW_TOKENS: usize = 512;
 
@@ -24,8 +27,11 @@ pub(crate) struct Calibration<'a> {
 }
 
 /// `Σ x xᵀ / n` over the inputs `x` of a site, `[in_features, in_features]`.
+#[derive(Default)]
 pub(crate) struct SecondMoment {
     pub(crate) values: Vec<f64>,
+    /// The same in f32, for the kernels.
+    pub(crate) narrow: Vec<f32>,
 }
 
 /// Calls `each` for every linear site, in the order of the forward pass, with the
@@ -46,7 +52,7 @@ pub(crate) fn map_sites<T: Send>(
     let widths = [config.hidden_size, config.n_heads * config.head_dim, config.hidden_size];
     let layer_elements: usize =
         widths.iter().chain([&config.intermediate_size]).map(|width| width * width).sum();
-    let layers_at_a_time = (MOMENT_BYTES / (layer_elements * size_of::<f64>()).max(1)).max(1);
+    let layers_at_a_time = (MOMENT_BYTES / (layer_elements * MOMENT_ELEMENT_BYTES).max(1)).max(1);
     let mut results = Vec::new();
     for first in (0..config.n_layers).step_by(layers_at_a_time) {
         let layers = first..config.n_layers.min(first + layers_at_a_time);
@@ -98,7 +104,8 @@ impl Moments {
     ) -> Result<Self> {
         watcher.begin("calibration", calibration.tokens.len() as u64);
         let mut moments = Self { layers, by_input: BTreeMap::new() };
-        for tokens in calibration.tokens.chunks(WINDOW_TOKENS) {
+        let window_tokens = WINDOW_TOKENS.min(calibration.model.config().context_tokens);
+        for tokens in calibration.tokens.chunks(window_tokens) {
             let mut cache = KvCache::new(calibration.model.config());
             let segment = Segment { tokens, tenant: None, cache: &mut cache, logits: Logits::None };
             calibration.model.forward_observed(&mut [segment], &mut moments)?;
@@ -108,6 +115,9 @@ impl Moments {
         let n = calibration.tokens.len() as f64;
         for moment in moments.by_input.values_mut() {
             moment.values.iter_mut().for_each(|v| *v /= n);
+            #[allow(clippy::cast_possible_truncation)]
+            let narrow = moment.values.iter().map(|v| *v as f32);
+            moment.narrow = narrow.collect();
         }
         Ok(moments)
     }
@@ -129,10 +139,10 @@ impl Observer for Moments {
             return;
         }
         let [n_rows, n] = x.shape();
-        let moment = self
-            .by_input
-            .entry((layer, input))
-            .or_insert_with(|| SecondMoment { values: vec![0.0; n * n] });
+        let moment = self.by_input.entry((layer, input)).or_insert_with(|| SecondMoment {
+            values: vec![0.0; n * n],
+            ..SecondMoment::default()
+        });
         let mut columns = vec![0.0; n * n_rows];
         for (row, values) in x.data().chunks_exact(n).enumerate() {
             for (column, value) in values.iter().enumerate() {

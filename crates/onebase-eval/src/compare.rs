@@ -1,21 +1,21 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use onebase_codec::numerics::{
-    Eigen, gram, product, product_transposed, symmetric_eigen, symmetric_eigenvalues,
-};
 use onebase_codec::{CodecSpec, Error as CodecError};
-use onebase_compress::{Pair, Progress, TablePlan, compress};
+use onebase_compress::{Pair, TablePlan};
 use onebase_format::Checkpoint;
-use onebase_format::artifact::{Artifact, DeltaError, Perplexity, Role, Sizes, TaskQuality};
+use onebase_format::artifact::{
+    Artifact, CalibrationRecord, DeltaError, Perplexity, Role, Sizes, Storage, TaskQuality,
+};
 use onebase_model::{Model, Tenant, TensorSpec};
 use serde::Serialize;
 
-use crate::activations::{Calibration, SecondMoment, map_sites};
+use crate::activations::{Calibration, map_sites};
 use crate::ideal::{IdealBits, write_checkpoint};
 use crate::limit::{Limit, Spectrum};
-use crate::site_error::{SiteError, read_delta, site_error, site_name, total_error};
-use crate::{Error, Measurement, Result, Ruler, Subject, Tests, TextFile, Watcher, memory};
+use crate::site_error::{SiteError, site_error, site_name, total_error};
+use crate::spectrum::{output_spectrum, weight_spectrum};
+use crate::{Error, Measurement, Result, Ruler, Subject, Tests, TextFile, Watcher};
 
 /// The codecs that every comparison holds, with the bits of those that are swept
 /// over fixed ones.
@@ -46,6 +46,8 @@ pub struct Plan {
     tables: Option<TablePlan>,
     /// Bits per weight at which a code on the limit line is simulated.
     ideal: Vec<f64>,
+    /// Sizes that codecs cannot have, for the reader.
+    notes: Vec<String>,
 }
 
 impl Plan {
@@ -56,9 +58,10 @@ impl Plan {
     /// else with the codec itself.
     ///
     /// # Errors
-    /// When a codec or an option is unknown.
+    /// When a codec or an option is unknown, or one that was asked for can have none of
+    /// the sizes.
     pub fn new(codecs: &[String], bits: &[f64], tables: Option<TablePlan>) -> Result<Self> {
-        let mut plan = Self { codecs: Vec::new(), tables, ideal: bits.to_vec() };
+        let mut plan = Self { codecs: Vec::new(), tables, ideal: bits.to_vec(), notes: Vec::new() };
         for text in BASELINES {
             plan.add(text, &[], true)?;
         }
@@ -78,15 +81,27 @@ impl Plan {
             return Ok(());
         }
         let separator = if text.contains(':') { ',' } else { ':' };
+        let mut refused = None;
+        let mut n_planned = 0;
         for bits in bits {
             match format!("{text}{separator}{BITS}={bits}").parse() {
-                Ok(spec) => self.push(spec, baseline),
+                Ok(spec) => {
+                    self.push(spec, baseline);
+                    n_planned += 1;
+                }
                 // A whole number of bits, or a range.
-                Err(CodecError::BadOption { .. }) => {}
+                Err(error @ CodecError::BadOption { .. }) => {
+                    self.notes
+                        .push(format!("Left out: {text} at {bits} bits per weight ({error})."));
+                    refused = Some(error);
+                }
                 Err(error) => return Err(error.into()),
             }
         }
-        Ok(())
+        match refused {
+            Some(error) if n_planned == 0 && !baseline => Err(error.into()),
+            _ => Ok(()),
+        }
     }
 
     fn push(&mut self, spec: CodecSpec, baseline: bool) {
@@ -140,12 +155,12 @@ pub struct Comparison {
     pub seed: u64,
     /// What a reader must know.
     pub notes: Vec<String>,
-    /// Tests, and what base and fine-tune reach.
+    /// Tasks, and what base and fine-tune reach.
     pub tasks: Vec<TaskLevel>,
     /// The text for perplexity.
     pub text: Option<MeasuredText>,
     /// The text of the calibration.
-    pub calibration: Option<CalibrationText>,
+    pub calibration: Option<CalibrationRecord>,
     /// The linear sites, in the order of the forward pass.
     pub sites: Vec<String>,
     /// The base alone, then every codec.
@@ -158,10 +173,10 @@ pub struct Comparison {
     pub seconds: f64,
 }
 
-/// What base and fine-tune reach on a test.
+/// What base and fine-tune reach on a task.
 #[derive(Clone, Debug, Serialize)]
 pub struct TaskLevel {
-    /// The test.
+    /// The task.
     pub name: String,
     /// Questions.
     pub n: usize,
@@ -180,15 +195,6 @@ pub struct MeasuredText {
     pub n_tokens: usize,
     /// Tokens that are run as one document.
     pub window_tokens: usize,
-}
-
-/// A text for activations.
-#[derive(Clone, Debug, Serialize)]
-pub struct CalibrationText {
-    /// What it is called.
-    pub name: String,
-    /// Tokens.
-    pub n_tokens: usize,
 }
 
 /// A codec with its options, and what became of the fine-tune with it.
@@ -216,7 +222,7 @@ pub struct Variant {
     pub true_ratio_linear: Option<f64>,
     /// The fine-tune's bytes over the artifact's.
     pub true_ratio: Option<f64>,
-    /// Tests.
+    /// Tasks.
     pub tasks: Vec<TaskQuality>,
     /// As in [`Measurement`].
     pub kl_mean: Option<f64>,
@@ -233,7 +239,7 @@ pub struct Variant {
     pub site_errors: Vec<DeltaError>,
     /// How long compression took.
     pub encode_seconds: f64,
-    /// The most memory that the process held meanwhile, where the system tells.
+    /// The most resident memory of compression, where the system tells.
     pub peak_memory_bytes: Option<u64>,
 }
 
@@ -271,7 +277,7 @@ pub struct Ideal {
     pub bpw_linear: f64,
     /// Bits per weight of the whole fine-tune.
     pub bpw_total: f64,
-    /// Tests.
+    /// Tasks.
     pub tasks: Vec<TaskQuality>,
     /// As in [`Measurement`].
     pub kl_mean: Option<f64>,
@@ -280,6 +286,24 @@ pub struct Ideal {
     /// Perplexity on the text.
     pub perplexity: Option<Perplexity>,
 }
+
+/// What compression took.
+#[derive(Clone, Copy, Debug)]
+pub struct Cost {
+    /// How long.
+    pub seconds: f64,
+    /// The most resident memory, where the system tells.
+    pub peak_memory_bytes: Option<u64>,
+}
+
+/// Compresses the fine-tune of a comparison with a codec, the token tables as the
+/// plan says, into a folder that does not exist. Whoever calls [`compare`] says how: a
+/// process of its own has a peak of memory of its own.
+pub type Compressor<'a> = &'a dyn Fn(
+    &CodecSpec,
+    &TablePlan,
+    &Path,
+) -> Result<Cost, Box<dyn std::error::Error + Send + Sync>>;
 
 /// Compresses the fine-tune with every codec of a plan into `folder`, which exists,
 /// and measures each artifact and its distance from the limit line.
@@ -290,21 +314,34 @@ pub fn compare(
     input: Input<'_>,
     plan: &Plan,
     folder: &Path,
+    compressor: Compressor<'_>,
     watcher: &dyn Watcher,
 ) -> Result<Comparison> {
     let start = Instant::now();
     let pair = Pair::open(input.base, input.finetune)?;
-    // Before any model is in memory, whose pages would count.
-    let encoded = plan
-        .codecs
-        .iter()
-        .map(|(spec, baseline)| encode(&pair, spec, *baseline, plan, folder, watcher))
-        .collect::<Result<Vec<_>>>()?;
-
+    let targets: Vec<PathBuf> = plan.codecs().map(|spec| artifact_dir(folder, spec)).collect();
+    if let Some(path) = targets.iter().find(|path| path.exists()) {
+        return Err(onebase_format::Error::Exists { path: path.clone() }.into());
+    }
     let base = Model::load(Checkpoint::open(input.base)?)?;
     let finetune = Model::load(Checkpoint::open(input.finetune)?)?;
     let seed = input.tests.seed;
-    let mut ruler = Ruler::new(&base, &finetune, input.tests, watcher)?;
+    let ruler = Ruler::new(&base, &finetune, input.tests, watcher)?;
+    let tokens = input.calibration.as_ref().map(|text| ruler.text_tokens(text)).transpose()?;
+    watcher.begin("compressing", plan.codecs.len() as u64);
+    let encoded = plan
+        .codecs
+        .iter()
+        .zip(targets)
+        .map(|((spec, baseline), target)| {
+            let tables = plan.tables.clone().unwrap_or_else(|| TablePlan::Codec(spec.clone()));
+            let cost = compressor(spec, &tables, &target)
+                .map_err(|source| Error::Compressor { codec: spec.to_string(), source })?;
+            watcher.advance(1);
+            let artifact = Artifact::open(&target)?;
+            Ok(Encoded { spec: spec.clone(), baseline: *baseline, artifact, cost })
+        })
+        .collect::<Result<Vec<_>>>()?;
     let mut measured = vec![ruler.measure_base(watcher)?];
     for encoded in &encoded {
         let tenant = Tenant::load(&base, &encoded.artifact)?;
@@ -312,16 +349,14 @@ pub fn compare(
         measured.push(ruler.measure(&encoded.spec.to_string(), subject, watcher)?);
     }
 
-    let calibration = match &input.calibration {
-        Some(text) => {
-            let tokens = ruler.text_model().tokenizer.encode(&text.text, true)?;
-            Some((CalibrationText { name: text.name.clone(), n_tokens: tokens.len() }, tokens))
-        }
-        None => None,
-    };
-    let on = calibration.as_ref().map(|(_, tokens)| Calibration { model: &finetune, tokens });
+    let on = tokens.as_ref().map(|tokens| Calibration { model: &finetune, tokens });
     let sites = map_sites(pair.specs(), on, watcher, |spec, moment| {
-        Site::measure(&pair, spec, &encoded, moment)
+        let errors = encoded.iter().map(|e| site_error(&pair, spec, &e.artifact, moment));
+        Ok(Site {
+            errors: errors.collect::<Result<_>>()?,
+            spectrum: weight_spectrum(&pair, spec)?,
+            output_spectrum: moment.map(|m| output_spectrum(&pair, spec, m)).transpose()?,
+        })
     })?;
 
     let n_weights_linear = linear(&pair).map(n_elements).sum();
@@ -352,6 +387,7 @@ pub fn compare(
         let n_weights = [n_weights_linear, pair.specs().iter().map(n_elements).sum()];
         for bits in &plan.ideal {
             let folder = folder.join(format!("limit-{bits}"));
+            // Where every direction is as good as exact, more bits change nothing.
             let Some(level) = limit.level_of(*bits) else { continue };
             let spent = write_checkpoint(&pair, level, seed, &folder, watcher)?;
             let model = Model::load(Checkpoint::open(&folder)?)?;
@@ -382,10 +418,14 @@ pub fn compare(
         n_weights: pair.specs().iter().map(n_elements).sum(),
         n_weights_linear,
         seed,
-        notes: ruler.notes().to_vec(),
+        notes: [ruler.notes(), &plan.notes].concat(),
         tasks: anchors.tasks.into_iter().map(level).collect(),
         text,
-        calibration: calibration.map(|(text, _)| text),
+        calibration: input.calibration.zip(tokens).map(|(text, tokens)| CalibrationRecord {
+            name: text.name,
+            blake3: text.digest,
+            n_tokens: tokens.len(),
+        }),
         sites: linear(&pair).map(|spec| site_name(&spec.name)).collect(),
         variants,
         limit: LimitLines {
@@ -429,52 +469,12 @@ struct Encoded {
     spec: CodecSpec,
     baseline: bool,
     artifact: Artifact,
-    seconds: f64,
-    peak_bytes: Option<u64>,
-}
-
-fn encode(
-    pair: &Pair,
-    spec: &CodecSpec,
-    baseline: bool,
-    plan: &Plan,
-    folder: &Path,
-    watcher: &dyn Watcher,
-) -> Result<Encoded> {
-    let target = artifact_dir(folder, spec);
-    let tables = plan.tables.clone().unwrap_or_else(|| TablePlan::Codec(spec.clone()));
-    let how = onebase_compress::Plan { linear: spec.clone(), tables };
-    let progress = Compressing { what: spec.to_string(), watcher };
-    let is_fresh = memory::reset_peak();
-    let start = Instant::now();
-    compress(pair, &how, &target, &progress)?;
-    let seconds = start.elapsed().as_secs_f64();
-    let peak_bytes = if is_fresh { memory::peak_bytes() } else { None };
-    let artifact = Artifact::open(&target)?;
-    Ok(Encoded { spec: spec.clone(), baseline, artifact, seconds, peak_bytes })
+    cost: Cost,
 }
 
 /// A folder of its own for each codec with its options.
 fn artifact_dir(folder: &Path, spec: &CodecSpec) -> PathBuf {
     folder.join(spec.to_string().replace([':', ',', '='], "-"))
-}
-
-/// Tells a watcher of compression.
-struct Compressing<'a> {
-    what: String,
-    watcher: &'a dyn Watcher,
-}
-
-impl Progress for Compressing<'_> {
-    fn begin(&self, total_bytes: u64) {
-        self.watcher.begin(&self.what, total_bytes);
-    }
-
-    fn tensor(&self, _: &str) {}
-
-    fn advance(&self, bytes: u64) {
-        self.watcher.advance(bytes);
-    }
 }
 
 /// What was found at one linear site.
@@ -483,52 +483,6 @@ struct Site {
     output_spectrum: Option<Spectrum>,
     /// Of each artifact.
     errors: Vec<SiteError>,
-}
-
-impl Site {
-    fn measure(
-        pair: &Pair,
-        spec: &TensorSpec,
-        encoded: &[Encoded],
-        moment: Option<&SecondMoment>,
-    ) -> Result<Self> {
-        let delta = read_delta(pair, spec)?;
-        let shape = [spec.shape[0], spec.shape[1]];
-        let narrow = moment.map(SecondMoment::narrow);
-        let errors = encoded
-            .iter()
-            .map(|encoded| site_error(&delta, spec, &encoded.artifact, narrow.as_deref()))
-            .collect::<Result<_>>()?;
-        let wide: Vec<f64> = delta.iter().map(|v| f64::from(*v)).collect();
-        let spectrum = spectrum(&wide, shape)?;
-        let output_spectrum =
-            moment.map(|moment| output_spectrum(&wide, shape, moment)).transpose()?;
-        Ok(Self { spectrum, output_spectrum, errors })
-    }
-}
-
-/// The spectrum of `Δ H^½`, whose error is that of the outputs, for the second moment
-/// `H` of the inputs: the eigenvalues of `Δ H Δᵀ`, or of `H^½ Δᵀ Δ H^½` where that is
-/// smaller.
-fn output_spectrum(delta: &[f64], shape: [usize; 2], moment: &SecondMoment) -> Result<Spectrum> {
-    let [m, n] = shape;
-    if m <= n {
-        let weighted = product(delta, &moment.values, [m, n, n]);
-        let squares = symmetric_eigenvalues(&product_transposed(&weighted, delta, [m, n, m]), m)?;
-        return Ok(Spectrum::new(&squares, shape));
-    }
-    let Eigen { values, mut vectors } = symmetric_eigen(&moment.values, n)?;
-    for (vector, value) in vectors.chunks_mut(n.max(1)).zip(values) {
-        // Never negative but for rounding.
-        let root = value.max(0.0).sqrt();
-        vector.iter_mut().for_each(|v| *v *= root);
-    }
-    spectrum(&product_transposed(delta, &vectors, [m, n, n]), shape)
-}
-
-fn spectrum(matrix: &[f64], shape: [usize; 2]) -> Result<Spectrum> {
-    let (small, n) = gram(matrix, shape);
-    Ok(Spectrum::new(&symmetric_eigenvalues(&small, n)?, shape))
 }
 
 impl Variant {
@@ -560,7 +514,13 @@ impl Variant {
     #[allow(clippy::cast_precision_loss)]
     fn new(pair: &Pair, encoded: &Encoded, measurement: Measurement, errors: &[SiteError]) -> Self {
         let sizes: Sizes = encoded.artifact.sizes();
-        let claimed: f64 = linear(pair)
+        // A site that is the base's costs no formula anything.
+        let records = &encoded.artifact.manifest().tensors;
+        let stored = linear(pair).filter(|spec| {
+            let record = records.get(&spec.name);
+            record.is_some_and(|record| matches!(record.storage, Storage::Codec { .. }))
+        });
+        let claimed: f64 = stored
             .map(|spec| {
                 let shape = [spec.shape[0], spec.shape[1]];
                 encoded.spec.claimed_bits(shape) * n_elements(spec) as f64
@@ -588,8 +548,8 @@ impl Variant {
             error: total_error(errors),
             above_limit: AboveLimit::default(),
             site_errors: errors.iter().map(SiteError::relative).collect(),
-            encode_seconds: encoded.seconds,
-            peak_memory_bytes: encoded.peak_bytes,
+            encode_seconds: encoded.cost.seconds,
+            peak_memory_bytes: encoded.cost.peak_memory_bytes,
         }
     }
 }

@@ -24,6 +24,14 @@ pub enum Error {
         /// What the system said.
         source: std::io::Error,
     },
+    /// A codec's compression failed.
+    #[error("compressing with {codec} failed")]
+    Compressor {
+        /// The codec with its options.
+        codec: String,
+        /// Why.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// A folder that is no longer needed could not be removed.
     #[error("cannot remove {}", path.display())]
     Remove {
@@ -42,7 +50,7 @@ pub enum Error {
         /// What is wrong with it.
         problem: String,
     },
-    /// A test has no question.
+    /// A task has no question.
     #[error("{} has no question", path.display())]
     NoQuestion {
         /// The file.
@@ -55,15 +63,33 @@ pub enum Error {
         path: PathBuf,
     },
     /// A text has too few tokens to predict one.
-    #[error("{name} has {n_tokens} tokens, expected at least 2")]
+    #[error("{}: {n_tokens} tokens, expected at least 2", path.display())]
     ShortText {
-        /// The text.
-        name: String,
+        /// The file.
+        path: PathBuf,
         /// Its tokens.
         n_tokens: usize,
     },
-    /// Two tests have one name.
-    #[error("two tests are called {name}")]
+    /// A question cannot be asked.
+    #[error("{}, line {line}", path.display())]
+    Question {
+        /// The file of the task.
+        path: PathBuf,
+        /// The line, from 1.
+        line: usize,
+        /// What is wrong with it.
+        source: onebase_model::Error,
+    },
+    /// A text cannot be used.
+    #[error("{}", path.display())]
+    Text {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: onebase_model::Error,
+    },
+    /// Two tasks have one name.
+    #[error("two tasks are called {name}")]
     SameName {
         /// The name.
         name: String,
@@ -74,7 +100,7 @@ pub enum Error {
         path.display()
     )]
     TooLong {
-        /// The file of the test.
+        /// The file of the task.
         path: PathBuf,
         /// The line, from 1.
         line: usize,
@@ -84,18 +110,18 @@ pub enum Error {
         context_tokens: usize,
     },
     /// There is nothing to measure with.
-    #[error("neither a test nor a text is given")]
+    #[error("neither a task nor a text is given")]
     NothingToMeasure,
     /// An artifact was made from another fine-tune than the one it is compared
     /// with.
-    #[error("{} was not made from {}: tensor {tensor} differs", artifact.display(), finetune.display())]
+    #[error("{} was not made from {}: {what} differs", artifact.display(), finetune.display())]
     OtherFineTune {
         /// The artifact.
         artifact: PathBuf,
         /// The fine-tune.
         finetune: PathBuf,
-        /// The tensor that the artifact stores as it was.
-        tensor: String,
+        /// The tensor or the file that differs.
+        what: String,
     },
     /// A model computed no finite logit.
     #[error("the logits are not finite numbers")]
@@ -114,11 +140,21 @@ impl Error {
             Error::Compress(e) => return e.hint(),
             Error::Codec(e) => return e.hint(),
             Error::Line { .. } | Error::NoQuestion { .. } => {
-                "a test is JSON lines: {\"messages\": [{\"role\": \"user\", \"content\": \"…\"}], \
+                "a task is JSON lines: {\"messages\": [{\"role\": \"user\", \"content\": \"…\"}], \
                  \"answer\": \"…\"}, or \"prompt\": \"…\" in place of the messages"
                     .into()
             }
-            Error::SameName { .. } => "a test is called after its file; rename one".into(),
+            Error::SameName { .. } => "a task is called after its file; rename one".into(),
+            Error::Question { source: onebase_model::Error::NoChatTemplate { .. }, .. } => {
+                "a task of messages needs a chat template; add chat_template.jinja to the \
+                 fine-tune, or ask with \"prompt\" in place of the messages"
+                    .into()
+            }
+            Error::Question { source: onebase_model::Error::Token { .. }, .. }
+            | Error::Text { source: onebase_model::Error::Token { .. }, .. } => {
+                "the tokenizer knows a token that the weights have no row for".into()
+            }
+            Error::Question { source, .. } | Error::Text { source, .. } => return source.hint(),
             Error::TooLong { .. } => "leave the question out, or shorten it".into(),
             Error::NothingToMeasure => {
                 "give --tasks with files of questions, --text with a plain text, or both".into()

@@ -13,25 +13,26 @@ mod deviation;
 mod error;
 mod ideal;
 mod limit;
-mod memory;
 
+mod prepared;
+mod reference;
 mod report;
 mod ruler;
 mod sequences;
 mod site_error;
 mod skill;
+mod spectrum;
 mod task;
 
 pub use compare::{
-    AboveLimit, CalibrationText, Comparison, Ideal, Input, LimitLines, LimitPoint, MeasuredText,
+    AboveLimit, Comparison, Compressor, Cost, Ideal, Input, LimitLines, LimitPoint, MeasuredText,
     Plan, TaskLevel, Variant, compare,
 };
 pub use error::Error;
-pub use limit::{Limit, Spectrum};
-pub use ruler::{Measurement, Ruler, Speed, Tests, check_reference};
+pub use reference::check_reference;
+pub use ruler::{Measurement, Ruler, Sample, Speed, Tests};
 pub use sequences::Subject;
 pub use site_error::{SiteError, site_errors, total_error};
-pub use skill::{Skill, skill_kept};
 pub use task::{Question, Task, TextFile};
 
 /// The result of this crate's operations.

@@ -30,12 +30,15 @@ const DEPTH: f64 = 200.0;
 /// eighth of a bit where all directions have some.
 const CURVE_STEP: f64 = 0.840_896_415_253_714_6;
 
-/// Halvings of that interval.
+/// Where a curve ends at the latest: nothing that matters is lost.
+const LEAST_ERROR: f64 = 1e-6;
+
+/// Halvings of the interval of water levels.
 const N_HALVINGS: usize = 64;
 
 /// Variances of the directions of one delta's rows.
 #[derive(Clone, Debug)]
-pub struct Spectrum {
+pub(crate) struct Spectrum {
     /// Descending, the zeros left out.
     variances: Vec<f64>,
     /// Rows along the longer side.
@@ -45,15 +48,31 @@ pub struct Spectrum {
 impl Spectrum {
     /// The spectrum of a delta of some shape, from its squared singular values in
     /// descending order.
-    #[allow(clippy::cast_precision_loss)]
-    pub fn new(squared_singular_values: &[f64], [m, n]: [usize; 2]) -> Self {
-        let n_rows = m.max(n) as f64;
+    pub(crate) fn new(squared_singular_values: &[f64], [m, n]: [usize; 2]) -> Self {
+        let n_rows = m.max(n);
         let largest = squared_singular_values.first().copied().unwrap_or(0.0);
         // What is below the rounding of the decomposition is no direction.
         let floor = largest * 1e-12;
         let values = squared_singular_values.iter().take_while(|value| **value > floor);
-        let sample: Vec<f64> = values.map(|value| value / n_rows).collect();
-        Self { variances: shrink(&sample, n_rows), n_rows }
+        let values: Vec<f64> = values.copied().collect();
+        let n_directions = values.len();
+        let Shrunk { mut variances, .. } = Shrunk::new(&values, n_rows, n_directions);
+        variances.sort_by(|a, b| b.total_cmp(a));
+        #[allow(clippy::cast_precision_loss)]
+        Self { variances, n_rows: n_rows as f64 }
+    }
+
+    /// The spectrum of `n_rows` rows with variances that are known but for rounding,
+    /// scaled to an energy.
+    pub(crate) fn known(mut variances: Vec<f64>, n_rows: usize, energy: f64) -> Self {
+        variances.retain(|variance| *variance > 0.0);
+        #[allow(clippy::cast_precision_loss)]
+        let n_rows = n_rows as f64;
+        let scale = energy / (n_rows * variances.iter().sum::<f64>());
+        if scale.is_finite() {
+            variances.iter_mut().for_each(|variance| *variance *= scale);
+        }
+        Self { variances, n_rows }
     }
 
     /// Variances, descending; those that are zero may be left out.
@@ -73,42 +92,70 @@ impl Spectrum {
     }
 }
 
-/// The quadratic-inverse shrinkage of eigenvalues of a sample covariance, all
-/// positive and descending, from `n_rows` rows; the sum is kept.
-#[allow(clippy::cast_precision_loss)]
-fn shrink(sample: &[f64], n_rows: f64) -> Vec<f64> {
-    let p = sample.len() as f64;
-    let concentration = p / n_rows;
-    // The paper's smoothing parameter, of the inverse eigenvalues.
-    let h = concentration.min(concentration.recip()).powf(0.7) / p.powf(0.35);
-    let inverse: Vec<f64> = sample.iter().map(|v| v.recip()).collect();
-    let shrunk = inverse.iter().map(|own| {
-        // The smoothed Stein shrinker and its conjugate.
-        let (mut theta, mut conjugate) = (0.0, 0.0);
-        for other in &inverse {
-            let difference = other - own;
-            let squares = difference * difference + (h * other).powi(2);
-            theta += other * difference / squares;
-            conjugate += h * other * other / squares;
+/// Variances of rows along the directions of a sample of them.
+pub(crate) struct Shrunk {
+    /// Along the sample's own directions, in the order of its squared singular values.
+    pub(crate) variances: Vec<f64>,
+    /// Along every other.
+    pub(crate) rest: f64,
+}
+
+impl Shrunk {
+    /// The quadratic-inverse shrinkage of the covariance of `n_rows` rows in `n`
+    /// dimensions, from their squared singular values, all positive and descending, at
+    /// most as many as either. The sum of all variances is the sample's.
+    #[allow(clippy::cast_precision_loss)]
+    pub(crate) fn new(squared_singular_values: &[f64], n_rows: usize, n: usize) -> Self {
+        // Fewer directions than rows could show are all that there are. As many as rows
+        // leave it open what lies along the others.
+        let n_seen = squared_singular_values.len();
+        let n_unseen = if n_seen == n_rows { n - n_seen } else { 0 };
+        let (n_rows, p) = (n_rows as f64, (n_seen + n_unseen) as f64);
+        let sample: Vec<f64> = squared_singular_values.iter().map(|v| v / n_rows).collect();
+        let (count, c) = (n_seen as f64, p / n_rows);
+        // The paper's smoothing parameter, of the inverse eigenvalues.
+        let h = c.min(c.recip()).powf(0.7) / p.powf(0.35);
+        let inverse: Vec<f64> = sample.iter().map(|v| v.recip()).collect();
+        let mut variances: Vec<f64> = inverse
+            .iter()
+            .map(|own| {
+                // The smoothed Stein shrinker and its conjugate.
+                let (mut theta, mut conjugate) = (0.0, 0.0);
+                for other in &inverse {
+                    let difference = other - own;
+                    let squares = difference * difference + (h * other).powi(2);
+                    theta += other * difference / squares;
+                    conjugate += h * other * other / squares;
+                }
+                let (theta, conjugate) = (theta / count, conjugate / count);
+                let amplitude = theta * theta + conjugate * conjugate;
+                let inverse = if n_unseen > 0 {
+                    own * amplitude
+                } else {
+                    (1.0 - c).powi(2) * own
+                        + 2.0 * c * (1.0 - c) * own * theta
+                        + c * c * own * amplitude
+                };
+                inverse.recip()
+            })
+            .collect();
+        let mut rest = 0.0;
+        if n_unseen > 0 {
+            rest = ((c - 1.0) * inverse.iter().sum::<f64>() / count).recip();
         }
-        let (theta, conjugate) = (theta / p, conjugate / p);
-        let amplitude = theta * theta + conjugate * conjugate;
-        let c = concentration;
-        let inverse =
-            (1.0 - c).powi(2) * own + 2.0 * c * (1.0 - c) * own * theta + c * c * own * amplitude;
-        inverse.recip()
-    });
-    let mut shrunk: Vec<f64> = shrunk.collect();
-    let scale = sample.iter().sum::<f64>() / shrunk.iter().sum::<f64>();
-    shrunk.iter_mut().for_each(|v| *v *= scale);
-    // They come in order but for ripples of the smoothing.
-    shrunk.sort_by(|a, b| b.total_cmp(a));
-    shrunk
+        let total = variances.iter().sum::<f64>() + rest * n_unseen as f64;
+        if total > 0.0 {
+            let scale = sample.iter().sum::<f64>() / total;
+            variances.iter_mut().for_each(|v| *v *= scale);
+            rest *= scale;
+        }
+        Self { variances, rest }
+    }
 }
 
 /// The limit line of several deltas together.
 #[derive(Clone, Debug)]
-pub struct Limit {
+pub(crate) struct Limit {
     spectra: Vec<Spectrum>,
     n_weights: f64,
     energy: f64,
@@ -117,7 +164,7 @@ pub struct Limit {
 impl Limit {
     /// The line of sites with these spectra and `n_weights` weights in all.
     #[allow(clippy::cast_precision_loss)]
-    pub fn new(spectra: Vec<Spectrum>, n_weights: u64) -> Self {
+    pub(crate) fn new(spectra: Vec<Spectrum>, n_weights: u64) -> Self {
         let energy = spectra.iter().map(|s| s.error(f64::INFINITY)).sum();
         Self { spectra, n_weights: n_weights as f64, energy }
     }
@@ -135,10 +182,11 @@ impl Limit {
         self.spectra.iter().map(|s| s.error(level)).sum::<f64>() / self.energy
     }
 
-    /// The water level at which `bits` per weight are spent; `None` where there is
-    /// nothing to spend them on.
+    /// The water level at which `bits` per weight are spent; `None` where less would
+    /// lose nothing that matters.
     pub(crate) fn level_of(&self, bits: f64) -> Option<f64> {
-        (self.energy > 0.0).then(|| self.level(|level| self.bits_at(level) > bits))
+        let level = (self.energy > 0.0).then(|| self.level(|level| self.bits_at(level) > bits));
+        level.filter(|level| self.error_at(*level) > LEAST_ERROR)
     }
 
     /// The water level at which `is_low` turns from true to false.
@@ -153,11 +201,13 @@ impl Limit {
     }
 
     /// Points `[bits per weight, least relative squared error]` of the line, from
-    /// no bits to `max_bits` or where nothing is lost.
-    pub fn curve(&self, max_bits: f64) -> Vec<[f64; 2]> {
+    /// no bits to `max_bits` or where nothing that matters is lost.
+    pub(crate) fn curve(&self, max_bits: f64) -> Vec<[f64; 2]> {
         let mut points = vec![[0.0, 1.0]];
         let mut level = self.largest_variance();
-        while self.energy > 0.0 && points.last().is_some_and(|p| p[0] < max_bits) {
+        while self.energy > 0.0
+            && points.last().is_some_and(|p| p[0] < max_bits && p[1] > LEAST_ERROR)
+        {
             level *= CURVE_STEP;
             points.push([self.bits_at(level), self.error_at(level)]);
         }
@@ -165,7 +215,8 @@ impl Limit {
     }
 
     /// The least relative squared error at `bits` per weight.
-    pub fn error(&self, bits: f64) -> f64 {
+    #[cfg(test)]
+    fn error(&self, bits: f64) -> f64 {
         if self.energy <= 0.0 {
             return 0.0;
         }
@@ -177,7 +228,7 @@ impl Limit {
 
     /// The least bits per weight for a relative squared error; `None` for an error
     /// of zero, which no finite code reaches.
-    pub fn bits(&self, error: f64) -> Option<f64> {
+    pub(crate) fn bits(&self, error: f64) -> Option<f64> {
         if error >= 1.0 || self.energy <= 0.0 {
             return Some(0.0);
         }
@@ -190,18 +241,14 @@ mod tests {
     use onebase_codec::numerics::{gram, symmetric_eigenvalues};
     use onebase_codec::{CODECS, CodecSpec, Kind};
     use onebase_tensor::{MatrixRef, effective_bits, stream};
-    use rand::RngExt;
+    use rand_distr::{Distribution, StandardNormal};
 
     use super::*;
 
-    /// Independent draws of the standard normal, by the Box-Muller transform.
+    /// Independent draws of the standard normal.
     fn gaussian(label: &str, n: usize) -> Vec<f64> {
         let mut rng = stream(5, label, 0);
-        let mut draw = || {
-            let (a, b): (f64, f64) = (rng.random(), rng.random());
-            (-2.0 * (1.0 - a).ln()).sqrt() * (std::f64::consts::TAU * b).cos()
-        };
-        (0..n).map(|_| draw()).collect()
+        (0..n).map(|_| StandardNormal.sample(&mut rng)).collect()
     }
 
     fn limit(matrix: &[f64], shape: [usize; 2]) -> Limit {
@@ -227,6 +274,21 @@ mod tests {
                 close(limit.bits((-2.0 * bits).exp2()).unwrap(), bits, 0.1);
             }
         }
+    }
+
+    /// Of fewer rows than dimensions, what lies along the directions that no row shows is
+    /// as large as along the others.
+    #[test]
+    fn directions_that_no_row_shows() {
+        for shape @ [m, n] in [[100, 300], [256, 768]] {
+            let (small, k) = gram(&gaussian("rows", m * n), shape);
+            let Shrunk { variances, rest } =
+                Shrunk::new(&symmetric_eigenvalues(&small, k).unwrap(), m, n);
+            close(rest, 1.0, 0.1);
+            close(variances.iter().sum::<f64>() / variances.len() as f64, 1.0, 0.1);
+        }
+        // Of low rank there are no others.
+        assert_eq!(Shrunk::new(&[4.0, 2.0], 10, 30).rest, 0.0);
     }
 
     /// A matrix of rank `r` with equal singular values has no other direction: all

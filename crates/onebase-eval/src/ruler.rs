@@ -1,28 +1,21 @@
-use onebase_format::artifact::{Artifact, DeltaError, Perplexity, Quality, TaskQuality};
-use onebase_format::{Checkpoint, Digest};
+use onebase_format::Checkpoint;
+use onebase_format::artifact::{CalibrationRecord, DeltaError, Perplexity, Quality, TaskQuality};
 use onebase_model::{Model, Request, SamplingParams, TextModel, generate};
 use serde::Serialize;
 
 use crate::deviation::{Deviation, surprise};
-use crate::sequences::{Sequence, Subject, map_rows};
+use crate::prepared::{PreparedTask, PreparedText, text_tokens};
+use crate::sequences::{Subject, map_rows};
 use crate::skill::skill_kept;
-use crate::task::Prompt;
 use crate::{Error, Result, Task, TextFile, Watcher};
 
 /// Questions that are answered together.
 const BATCH_SIZE: usize = 64;
 
-/// Most tokens of a text that are run as one document, unless more are asked for.
-const MAX_WINDOW_TOKENS: usize = 2048;
-
-/// Tokens by which a reply may be longer than the bytes of the right answer: white
-/// space around it, and a token that ends it.
-const SPARE_TOKENS: usize = 16;
-
 /// What models are measured with.
 #[derive(Clone, Debug, Default)]
 pub struct Tests {
-    /// Tests with exact answers.
+    /// Questions with exact answers.
     pub tasks: Vec<Task>,
     /// A text for perplexity.
     pub text: Option<TextFile>,
@@ -44,38 +37,31 @@ pub struct Ruler<'a> {
     text_model: TextModel,
     tasks: Vec<TaskOnRuler>,
     text: Option<TextOnRuler>,
-    speed: Speed,
-}
-
-/// A question as tokens of the fine-tune's tokenizer.
-#[derive(Debug)]
-struct Tokens {
-    prompt: Vec<u32>,
-    answer: Vec<u32>,
-    stop_texts: Vec<String>,
+    base_speed: Speed,
+    finetune_speed: Speed,
 }
 
 #[derive(Debug)]
 struct TaskOnRuler {
-    task: Task,
-    questions: Vec<Tokens>,
-    /// Prompt and right answer; every position from the prompt's last token on is
-    /// wanted.
-    sequences: Vec<Sequence>,
-    base: Vec<bool>,
-    finetune: Vec<bool>,
+    prepared: PreparedTask,
+    base: Answers,
+    finetune: Answers,
+}
+
+/// Replies to the questions of a task.
+#[derive(Clone, Debug)]
+struct Answers {
+    /// `None` where the question has tokens that the subject lacks.
+    replies: Vec<Option<String>>,
+    right: Vec<bool>,
+    speed: Speed,
 }
 
 #[derive(Debug)]
 struct TextOnRuler {
-    name: String,
-    digest: Digest,
-    window_tokens: usize,
-    windows: Vec<Sequence>,
-    /// The tokens that follow each position of each window.
-    targets: Vec<Vec<u32>>,
+    prepared: PreparedText,
     base: Option<f64>,
-    finetune: f64,
+    finetune: Option<f64>,
 }
 
 /// What was measured of one tenant, or of the base alone.
@@ -90,6 +76,29 @@ pub struct Measurement {
     pub top1_agreement: Option<f64>,
     /// Perplexity on the text.
     pub perplexity: Option<Perplexity>,
+    /// How fast questions were answered.
+    pub speed: Speed,
+    /// Replies, by task.
+    answers: Vec<Answers>,
+}
+
+/// A question and what was replied.
+#[derive(Clone, Debug, Serialize)]
+pub struct Sample<'a> {
+    /// The task.
+    pub task: &'a str,
+    /// The line of its file, from 1.
+    pub line: usize,
+    /// The right answer.
+    pub answer: &'a str,
+    /// What the base replied.
+    pub base: Option<&'a str>,
+    /// What the fine-tune replied.
+    pub finetune: Option<&'a str>,
+    /// What was replied with the artifact.
+    pub compressed: Option<&'a str>,
+    /// Which of the three are right, in that order.
+    pub right: [bool; 3],
 }
 
 /// How fast answers were computed.
@@ -128,23 +137,29 @@ impl Speed {
 
 impl Measurement {
     /// The measurement as a record of an artifact.
-    pub fn quality(self, ruler: &Ruler<'_>, error: Option<DeltaError>) -> Quality {
+    pub fn quality(
+        &self,
+        ruler: &Ruler<'_>,
+        error: Option<DeltaError>,
+        calibration: Option<CalibrationRecord>,
+    ) -> Quality {
         Quality {
             tool: crate::TOOL.to_owned(),
             reference: ruler.finetune.checkpoint().name(),
             seed: ruler.seed,
-            tasks: self.tasks,
+            tasks: self.tasks.clone(),
             kl_mean: self.kl_mean,
             top1_agreement: self.top1_agreement,
-            perplexity: self.perplexity,
+            perplexity: self.perplexity.clone(),
             error,
+            calibration,
         }
     }
 }
 
 impl<'a> Ruler<'a> {
-    /// Prepares tests and text with the fine-tune's tokenizer and chat template,
-    /// and measures the base and the fine-tune.
+    /// Prepares tasks and text with the fine-tune's tokenizer and chat template,
+    /// then measures the base and the fine-tune.
     ///
     /// # Errors
     /// When there is nothing to measure with, a question does not fit into the
@@ -174,14 +189,32 @@ impl<'a> Ruler<'a> {
             text_model,
             tasks: Vec::new(),
             text: None,
-            speed: Speed::default(),
+            base_speed: Speed::default(),
+            finetune_speed: Speed::default(),
         };
-        for task in tasks {
-            let task = ruler.prepare_task(task, watcher)?;
+        // What is wrong with any input is said before the first model runs.
+        let config = finetune.config();
+        let tasks = tasks
+            .into_iter()
+            .map(|task| PreparedTask::new(task, &ruler.text_model, config))
+            .collect::<Result<Vec<_>>>()?;
+        let text = text
+            .map(|text| PreparedText::new(&text, window_tokens, &ruler.text_model, config))
+            .transpose()?;
+        for prepared in tasks {
+            let task = ruler.measure_task(prepared, watcher)?;
             ruler.tasks.push(task);
         }
-        if let Some(text) = text {
-            ruler.text = Some(ruler.prepare_text(text, window_tokens, watcher)?);
+        if let Some(prepared) = text {
+            let base = perplexity("base", Subject::own(base), &prepared, watcher)?;
+            if base.is_none() {
+                ruler.notes.push(format!(
+                    "The base's vocabulary lacks tokens of {}; its perplexity is undefined.",
+                    prepared.name
+                ));
+            }
+            let finetune = perplexity("fine-tune", Subject::own(finetune), &prepared, watcher)?;
+            ruler.text = Some(TextOnRuler { prepared, base, finetune });
         }
         Ok(ruler)
     }
@@ -191,22 +224,31 @@ impl<'a> Ruler<'a> {
         &self.notes
     }
 
-    /// The fine-tune's tokenizer and chat template.
-    pub fn text_model(&self) -> &TextModel {
-        &self.text_model
+    /// How fast the base and the fine-tune answered.
+    pub fn speed(&self) -> [Speed; 2] {
+        [self.base_speed, self.finetune_speed]
     }
 
-    /// How fast answers were computed so far.
-    pub fn speed(&self) -> Speed {
-        self.speed
+    /// The tokens of a text with the fine-tune's tokenizer.
+    ///
+    /// # Errors
+    /// When it cannot be tokenized, has a token that the fine-tune lacks, or fewer than
+    /// two.
+    pub fn text_tokens(&self, text: &TextFile) -> Result<Vec<u32>> {
+        text_tokens(text, &self.text_model, self.finetune.config())
     }
 
     /// What the base and the fine-tune themselves reach: the figures of a
     /// compressed one are absent.
     pub fn anchors(&self) -> Measurement {
-        let tasks = self.tasks.iter().map(TaskOnRuler::anchors).collect();
-        let perplexity = self.text.as_ref().map(TextOnRuler::anchors);
-        Measurement { tasks, kl_mean: None, top1_agreement: None, perplexity }
+        Measurement {
+            tasks: self.tasks.iter().map(TaskOnRuler::anchors).collect(),
+            kl_mean: None,
+            top1_agreement: None,
+            perplexity: self.text.as_ref().map(TextOnRuler::anchors),
+            speed: Speed::default(),
+            answers: Vec::new(),
+        }
     }
 
     /// Measures the base as if it were the compressed fine-tune: what is left
@@ -214,11 +256,10 @@ impl<'a> Ruler<'a> {
     ///
     /// # Errors
     /// When a model cannot be run.
-    pub fn measure_base(&mut self, watcher: &dyn Watcher) -> Result<Measurement> {
-        let base = Subject::own(self.base);
-        let right = self.tasks.iter().map(|t| t.base.clone()).collect();
+    pub fn measure_base(&self, watcher: &dyn Watcher) -> Result<Measurement> {
+        let answers = self.tasks.iter().map(|t| t.base.clone()).collect();
         let perplexity = self.text.as_ref().and_then(|t| t.base);
-        self.finish("base", base, right, perplexity, watcher)
+        self.finish("base", Subject::own(self.base), answers, perplexity, watcher)
     }
 
     /// Measures a tenant of the base, called `name` in progress.
@@ -226,30 +267,50 @@ impl<'a> Ruler<'a> {
     /// # Errors
     /// When a model cannot be run.
     pub fn measure(
-        &mut self,
+        &self,
         name: &str,
         subject: Subject<'_>,
         watcher: &dyn Watcher,
     ) -> Result<Measurement> {
-        let mut right = Vec::new();
-        for task in &self.tasks {
-            let what = format!("{}, {name}", task.task.name);
-            let (answers, speed) = answer(&what, subject, &self.text_model, task, watcher)?;
-            self.speed.add(speed);
-            right.push(answers);
-        }
+        let answers = self
+            .tasks
+            .iter()
+            .map(|task| answer(name, subject, &self.text_model, &task.prepared, watcher))
+            .collect::<Result<_>>()?;
         let perplexity = match &self.text {
-            Some(text) => perplexity(name, subject, text, watcher)?,
+            Some(text) => perplexity(name, subject, &text.prepared, watcher)?,
             None => None,
         };
-        self.finish(name, subject, right, perplexity, watcher)
+        self.finish(name, subject, answers, perplexity, watcher)
+    }
+
+    /// Every question with the replies of base and fine-tune and those of a
+    /// measurement, where it has some.
+    pub fn samples<'s>(&'s self, measured: &'s Measurement) -> impl Iterator<Item = Sample<'s>> {
+        self.tasks.iter().enumerate().flat_map(|(index, task)| {
+            let compressed = measured.answers.get(index);
+            let questions = task.prepared.task.questions.iter().enumerate();
+            questions.map(move |(i, question)| Sample {
+                task: &task.prepared.task.name,
+                line: question.line,
+                answer: question.expected(),
+                base: task.base.replies[i].as_deref(),
+                finetune: task.finetune.replies[i].as_deref(),
+                compressed: compressed.and_then(|c| c.replies[i].as_deref()),
+                right: [
+                    task.base.right[i],
+                    task.finetune.right[i],
+                    compressed.is_some_and(|c| c.right[i]),
+                ],
+            })
+        })
     }
 
     fn finish(
         &self,
         name: &str,
         subject: Subject<'_>,
-        right: Vec<Vec<bool>>,
+        answers: Vec<Answers>,
         perplexity: Option<f64>,
         watcher: &dyn Watcher,
     ) -> Result<Measurement> {
@@ -258,16 +319,19 @@ impl<'a> Ruler<'a> {
         let comparable = subject.config().vocab_size == finetune.config().vocab_size;
         let mut total = Deviation::default();
         let mut tasks = Vec::new();
-        for (task, right) in self.tasks.iter().zip(right) {
+        for (task, answers) in self.tasks.iter().zip(&answers) {
             let mut quality = task.anchors();
-            quality.compressed = Some(share(&right));
-            let skill = skill_kept(&task.base, &task.finetune, &right, self.seed, &task.task.name);
+            let name_of_task = &task.prepared.task.name;
+            quality.compressed = Some(share(&answers.right));
+            let (base, tuned) = (&task.base.right, &task.finetune.right);
+            let skill = skill_kept(base, tuned, &answers.right, self.seed, name_of_task);
             quality.skill_kept = skill.map(|s| s.kept);
             quality.skill_kept_ci = skill.and_then(|s| s.interval);
             if comparable {
-                let n_tokens: usize = task.sequences.iter().map(|s| s.tokens.len()).sum();
-                watcher.begin(&format!("{}, {name}, divergence", task.task.name), n_tokens as u64);
-                let own = Deviation::measure(finetune, subject, &task.sequences, watcher)?;
+                let what = format!("{name_of_task}, {name}, divergence");
+                watcher.begin(&what, task.prepared.n_tokens());
+                let sequences = &task.prepared.sequences;
+                let own = Deviation::measure(finetune, subject, sequences, watcher)?;
                 quality.kl_mean = own.kl_mean();
                 quality.top1_agreement = own.top1_agreement();
                 total.add(&own);
@@ -275,128 +339,56 @@ impl<'a> Ruler<'a> {
             tasks.push(quality);
         }
         if let (true, true, Some(text)) = (comparable, tasks.is_empty(), &self.text) {
-            watcher.begin(&format!("{}, {name}, divergence", text.name), text.n_tokens() as u64);
-            total = Deviation::measure(finetune, subject, &text.windows, watcher)?;
+            let what = format!("{}, {name}, divergence", text.prepared.name);
+            watcher.begin(&what, text.prepared.n_tokens() as u64);
+            total = Deviation::measure(finetune, subject, &text.prepared.windows, watcher)?;
         }
         let perplexity =
             self.text.as_ref().map(|text| Perplexity { compressed: perplexity, ..text.anchors() });
+        let mut speed = Speed::default();
+        answers.iter().for_each(|answers| speed.add(answers.speed));
         let (kl_mean, top1_agreement) = (total.kl_mean(), total.top1_agreement());
-        Ok(Measurement { tasks, kl_mean, top1_agreement, perplexity })
+        Ok(Measurement { tasks, kl_mean, top1_agreement, perplexity, speed, answers })
     }
 
-    fn prepare_task(&mut self, task: Task, watcher: &dyn Watcher) -> Result<TaskOnRuler> {
-        let mut questions = Vec::new();
-        let mut sequences = Vec::new();
-        for question in &task.questions {
-            let tokenizer = &self.text_model.tokenizer;
-            let prompt = match &question.prompt {
-                Prompt::Messages(messages) => self.text_model.encode_chat(messages)?,
-                Prompt::Text(text) => tokenizer.encode(text, true)?,
-            };
-            // A plain text has no end of its own: an answer on one line ends there.
-            let one_line =
-                matches!(question.prompt, Prompt::Text(_)) && !question.answer.contains('\n');
-            let stop_texts = if one_line { vec!["\n".to_owned()] } else { Vec::new() };
-            let answer = tokenizer.encode(&question.answer, false)?;
-            let (n_tokens, context_tokens) =
-                (prompt.len() + answer.len(), self.finetune.config().context_tokens);
-            if prompt.is_empty() {
-                return Err(onebase_model::Error::EmptyPrompt.into());
-            }
-            if n_tokens >= context_tokens {
-                let (path, line) = (task.path.clone(), question.line);
-                return Err(Error::TooLong { path, line, n_tokens, context_tokens });
-            }
-            let n_context = prompt.len() - 1;
-            sequences.push(Sequence { tokens: [&prompt[..], &answer].concat(), n_context });
-            questions.push(Tokens { prompt, answer, stop_texts });
-        }
-        let (base, finetune) = (Vec::new(), Vec::new());
-        let mut prepared = TaskOnRuler { task, questions, sequences, base, finetune };
-        let name = prepared.task.name.clone();
-        for (who, model) in [("base", self.base), ("fine-tune", self.finetune)] {
-            let what = format!("{name}, {who}");
-            let subject = Subject::own(model);
-            let (right, speed) = answer(&what, subject, &self.text_model, &prepared, watcher)?;
-            self.speed.add(speed);
-            if who == "base" {
-                prepared.base = right;
-            } else {
-                prepared.finetune = right;
-            }
-        }
-        let base = Subject::own(self.base);
-        let unknown = prepared.questions.iter().filter(|q| !base.knows(&q.prompt)).count();
-        if unknown > 0 {
+    fn measure_task(
+        &mut self,
+        prepared: PreparedTask,
+        watcher: &dyn Watcher,
+    ) -> Result<TaskOnRuler> {
+        let ask =
+            |who, model| answer(who, Subject::own(model), &self.text_model, &prepared, watcher);
+        let (base, finetune) = (ask("base", self.base)?, ask("fine-tune", self.finetune)?);
+        self.base_speed.add(base.speed);
+        self.finetune_speed.add(finetune.speed);
+        let name = &prepared.task.name;
+        let n_unknown = base.replies.iter().filter(|reply| reply.is_none()).count();
+        if n_unknown > 0 {
             self.notes.push(format!(
-                "The base's vocabulary lacks tokens of {unknown} questions of {name}; \
-                 they count as not answered by it."
+                "The base's vocabulary lacks tokens of {n_unknown} questions of {name}; they count \
+                 as not answered by it."
             ));
         }
-        if share(&prepared.finetune) <= share(&prepared.base) {
+        if share(&finetune.right) <= share(&base.right) {
             self.notes.push(format!(
                 "On {name} the fine-tune ({:.1} %) is no better than the base ({:.1} %): there is \
                  no skill to keep, so skill kept is undefined.",
-                100.0 * share(&prepared.finetune),
-                100.0 * share(&prepared.base),
+                100.0 * share(&finetune.right),
+                100.0 * share(&base.right),
             ));
         }
-        Ok(prepared)
-    }
-
-    fn prepare_text(
-        &mut self,
-        text: TextFile,
-        window_tokens: Option<usize>,
-        watcher: &dyn Watcher,
-    ) -> Result<TextOnRuler> {
-        let tokens = self.text_model.tokenizer.encode(&text.text, true)?;
-        if tokens.len() < 2 {
-            return Err(Error::ShortText { name: text.name, n_tokens: tokens.len() });
-        }
-        let context_tokens = self.finetune.config().context_tokens;
-        let window_tokens = window_tokens.unwrap_or(MAX_WINDOW_TOKENS).min(context_tokens).max(2);
-        // A window's last token is a target only.
-        let windows = tokens.chunks(window_tokens).filter(|w| w.len() > 1);
-        let (windows, targets) = windows
-            .map(|w| {
-                let tokens = w[..w.len() - 1].to_vec();
-                (Sequence { tokens, n_context: 0 }, w[1..].to_vec())
-            })
-            .unzip();
-        let mut prepared = TextOnRuler {
-            name: text.name,
-            digest: text.digest,
-            window_tokens,
-            windows,
-            targets,
-            base: None,
-            finetune: 0.0,
-        };
-        prepared.base = perplexity("base", Subject::own(self.base), &prepared, watcher)?;
-        if prepared.base.is_none() {
-            self.notes.push(format!(
-                "The base's vocabulary lacks tokens of {}; its perplexity is undefined.",
-                prepared.name
-            ));
-        }
-        let finetune = perplexity("fine-tune", Subject::own(self.finetune), &prepared, watcher)?;
-        match finetune {
-            Some(finetune) => prepared.finetune = finetune,
-            None => unreachable!("the fine-tune's tokenizer gave the tokens"),
-        }
-        Ok(prepared)
+        Ok(TaskOnRuler { prepared, base, finetune })
     }
 }
 
 impl TaskOnRuler {
     fn anchors(&self) -> TaskQuality {
         TaskQuality {
-            name: self.task.name.clone(),
-            blake3: self.task.digest,
-            n: self.questions.len(),
-            base: share(&self.base),
-            finetune: share(&self.finetune),
+            name: self.prepared.task.name.clone(),
+            blake3: self.prepared.task.digest,
+            n: self.prepared.questions.len(),
+            base: share(&self.base.right),
+            finetune: share(&self.finetune.right),
             compressed: None,
             skill_kept: None,
             skill_kept_ci: None,
@@ -407,16 +399,12 @@ impl TaskOnRuler {
 }
 
 impl TextOnRuler {
-    fn n_tokens(&self) -> usize {
-        self.targets.iter().map(Vec::len).sum()
-    }
-
     fn anchors(&self) -> Perplexity {
         Perplexity {
-            name: self.name.clone(),
-            blake3: self.digest,
-            n_tokens: self.n_tokens(),
-            window_tokens: self.window_tokens,
+            name: self.prepared.name.clone(),
+            blake3: self.prepared.digest,
+            n_tokens: self.prepared.n_tokens(),
+            window_tokens: self.prepared.window_tokens,
             base: self.base,
             finetune: self.finetune,
             compressed: None,
@@ -429,43 +417,37 @@ fn share(right: &[bool]) -> f64 {
     right.iter().filter(|r| **r).count() as f64 / right.len() as f64
 }
 
-/// Which questions a subject answers exactly, greedily. Those with tokens that are
-/// not in its vocabulary it does not.
+/// Lets a subject answer the questions of a task, greedily; those with tokens that
+/// are not in its vocabulary it does not.
 fn answer(
-    what: &str,
+    who: &str,
     subject: Subject<'_>,
     text_model: &TextModel,
-    task: &TaskOnRuler,
+    task: &PreparedTask,
     watcher: &dyn Watcher,
-) -> Result<(Vec<bool>, Speed)> {
+) -> Result<Answers> {
+    let questions = &task.questions;
     let asked: Vec<usize> =
-        (0..task.questions.len()).filter(|i| subject.knows(&task.questions[*i].prompt)).collect();
-    let expected: usize = asked
-        .iter()
-        .map(|i| task.questions[*i].prompt.len() + task.questions[*i].answer.len())
-        .sum();
-    watcher.begin(what, expected as u64);
+        (0..questions.len()).filter(|i| subject.knows(&questions[*i].prompt)).collect();
+    watcher.begin(&format!("{}, {who}", task.task.name), task.n_tokens());
     let requests: Vec<Request<'_>> = asked
         .iter()
-        .map(|i| {
-            let Tokens { prompt, stop_texts, .. } = &task.questions[*i];
-            Request {
-                tenant: subject.tenant,
-                prompt: prompt.clone(),
-                // No reply that has more tokens can be the answer: each but a few
-                // adds at least a byte.
-                max_new_tokens: task.task.questions[*i].answer.len() + SPARE_TOKENS,
-                sampling: SamplingParams::GREEDY,
-                stop_tokens: &text_model.stop_tokens,
-                stop_texts,
-                tokenizer: Some(&text_model.tokenizer),
-            }
+        .map(|i| Request {
+            tenant: subject.tenant,
+            prompt: questions[*i].prompt.clone(),
+            max_new_tokens: questions[*i].max_new_tokens,
+            sampling: SamplingParams::GREEDY,
+            stop_tokens: &text_model.stop_tokens,
+            stop_texts: &questions[*i].stop_texts,
+            tokenizer: Some(&text_model.tokenizer),
         })
         .collect();
     let generation = generate(subject.model, &requests, BATCH_SIZE, |n| watcher.advance(n as u64))?;
-    let mut right = vec![false; task.questions.len()];
-    for (i, completion) in asked.into_iter().zip(&generation.completions) {
-        right[i] = completion.text.trim() == task.task.questions[i].answer;
+    let mut replies = vec![None; questions.len()];
+    let mut right = vec![false; questions.len()];
+    for (i, completion) in asked.into_iter().zip(generation.completions) {
+        right[i] = completion.text.trim() == task.task.questions[i].expected();
+        replies[i] = Some(completion.text);
     }
     let speed = Speed {
         prefill_tokens: generation.n_prompt_tokens,
@@ -473,16 +455,16 @@ fn answer(
         decode_tokens: generation.n_decode_tokens,
         decode_seconds: generation.decode_time.as_secs_f64(),
     };
-    Ok((right, speed))
+    Ok(Answers { replies, right, speed })
 }
 
 /// The exponential of the mean surprise at the tokens of a text; `None` where one
-/// of them is not in the subject's vocabulary.
+/// of them is not in the subject's vocabulary, or it is no finite number.
 #[allow(clippy::cast_precision_loss)]
 fn perplexity(
     who: &str,
     subject: Subject<'_>,
-    text: &TextOnRuler,
+    text: &PreparedText,
     watcher: &dyn Watcher,
 ) -> Result<Option<f64>> {
     let inputs = text.windows.iter().map(|w| &w.tokens);
@@ -494,7 +476,7 @@ fn perplexity(
         surprise(logits[0], text.targets[window][at])
     })?;
     let sum: f64 = surprises.into_iter().flatten().sum();
-    Ok(Some((sum / text.n_tokens() as f64).exp()))
+    Ok(Some((sum / text.n_tokens() as f64).exp()).filter(|p| p.is_finite()))
 }
 
 /// The files that make tokens of a text.
@@ -510,27 +492,4 @@ fn tokenizer_notes(base: &Checkpoint, finetune: &Checkpoint) -> Result<Vec<Strin
         }
     }
     Ok(Vec::new())
-}
-
-/// Checks that an artifact was made from this fine-tune, as far as its tensors
-/// that are stored as they were tell.
-///
-/// # Errors
-/// When one is not the fine-tune's.
-pub fn check_reference(artifact: &Artifact, finetune: &Checkpoint) -> Result<()> {
-    for name in artifact.manifest().tensors.keys() {
-        let Some(stored) = artifact.exact(name)? else { continue };
-        let tensor = finetune.tensor(name)?;
-        let same = stored.dtype == tensor.dtype()
-            && stored.shape == tensor.shape()
-            && stored.bytes == *tensor.bytes();
-        if !same {
-            return Err(Error::OtherFineTune {
-                artifact: artifact.dir().to_owned(),
-                finetune: finetune.dir().to_owned(),
-                tensor: name.clone(),
-            });
-        }
-    }
-    Ok(())
 }

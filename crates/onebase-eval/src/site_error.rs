@@ -1,4 +1,4 @@
-use onebase_codec::DeltaSource;
+use onebase_codec::{DeltaSource, read_finite};
 use onebase_compress::{Pair, prepared};
 use onebase_format::artifact::{Artifact, DeltaError};
 use onebase_kernels::Backend;
@@ -66,18 +66,8 @@ pub fn site_errors(
 ) -> Result<Vec<SiteError>> {
     let calibration = calibration.map(|(model, tokens)| Calibration { model, tokens });
     map_sites(pair.specs(), calibration, watcher, |spec, moment| {
-        let delta = read_delta(pair, spec)?;
-        let moment = moment.map(SecondMoment::narrow);
-        site_error(&delta, spec, artifact, moment.as_deref())
+        site_error(pair, spec, artifact, moment)
     })
-}
-
-impl SecondMoment {
-    /// The moments in f32, for the kernels.
-    pub(crate) fn narrow(&self) -> Vec<f32> {
-        #[allow(clippy::cast_possible_truncation)]
-        self.values.iter().map(|v| *v as f32).collect()
-    }
 }
 
 /// The name of a site, from its weight's.
@@ -86,34 +76,22 @@ pub(crate) fn site_name(tensor: &str) -> String {
     name.strip_suffix(".weight").unwrap_or(name).to_owned()
 }
 
-/// A whole delta, `[out_features, in_features]`.
-pub(crate) fn read_delta(pair: &Pair, spec: &TensorSpec) -> Result<Vec<f32>> {
-    let source = pair.delta(&spec.name)?;
-    let [n_rows, n_cols] = source.shape();
-    let mut delta = vec![0.0; n_rows * n_cols];
-    source.read_rows(0..n_rows, &mut delta).map_err(|e| source.explain(e))?;
-    Ok(delta)
-}
-
-/// The error at one site, whose delta is given, with the second moment of its
-/// inputs, `[in_features, in_features]`, for the outputs' error.
+/// The error at one site, with the second moment of its inputs for the outputs' error.
 pub(crate) fn site_error(
-    delta: &[f32],
+    pair: &Pair,
     spec: &TensorSpec,
     artifact: &Artifact,
-    moment: Option<&[f32]>,
+    moment: Option<&SecondMoment>,
 ) -> Result<SiteError> {
     let n_cols = spec.shape[1];
     let decoded = prepared(artifact, &spec.name)?;
     let mut sums = [0.0; 2];
     let mut outputs = moment.map(|_| [0.0; 2]);
     let mut lost = Vec::new();
-    let block_rows = (BLOCK_WEIGHTS / n_cols.max(1)).max(1);
-    for (block, rows) in delta.chunks(block_rows * n_cols.max(1)).enumerate() {
+    for_each_block(pair, spec, |first, rows| {
         lost.clear();
         lost.resize(rows.len(), 0.0);
         if let Some(decoded) = &decoded {
-            let first = block * block_rows;
             decoded.write_rows(first..first + rows.len() / n_cols, &mut lost);
         }
         lost.iter_mut().zip(rows).for_each(|(lost, delta)| *lost = delta - *lost);
@@ -122,12 +100,37 @@ pub(crate) fn site_error(
         }
         if let (Some(moment), Some(outputs)) = (moment, &mut outputs) {
             for (values, sum) in [&lost[..], rows].into_iter().zip(outputs) {
-                *sum += quadratic_form(values, n_cols, moment);
+                *sum += quadratic_form(values, n_cols, &moment.narrow);
             }
         }
-    }
+    })?;
     let [lost, energy] = sums;
     Ok(SiteError { site: site_name(&spec.name), lost, energy, output: outputs })
+}
+
+/// `Σ‖Δ x‖²`, mean over the inputs.
+pub(crate) fn output_energy(pair: &Pair, spec: &TensorSpec, moment: &SecondMoment) -> Result<f64> {
+    let mut energy = 0.0;
+    for_each_block(pair, spec, |_, rows| {
+        energy += quadratic_form(rows, spec.shape[1], &moment.narrow);
+    })?;
+    Ok(energy)
+}
+
+/// Calls `each` with blocks of rows of a site's delta, and the first row's number.
+fn for_each_block(
+    pair: &Pair,
+    spec: &TensorSpec,
+    mut each: impl FnMut(usize, &[f32]),
+) -> Result<()> {
+    let source = pair.delta(&spec.name)?;
+    let [n_rows, n_cols] = source.shape();
+    let block_rows = (BLOCK_WEIGHTS / n_cols.max(1)).max(1);
+    for first in (0..n_rows).step_by(block_rows) {
+        let rows = first..n_rows.min(first + block_rows);
+        each(first, &read_finite(&source, rows).map_err(|e| source.explain(e))?);
+    }
+    Ok(())
 }
 
 /// `tr(R H Rᵀ)` of rows `R`, `[n, n_cols]`, and a symmetric `H`, `[n_cols, n_cols]`.

@@ -6,7 +6,7 @@ use serde::Deserialize;
 
 use crate::{Error, Result};
 
-/// A test with exact answers.
+/// Questions with exact answers.
 #[derive(Clone, Debug)]
 pub struct Task {
     /// What it is called: its file's name without the ending.
@@ -24,7 +24,7 @@ pub struct Task {
 pub struct Question {
     /// The conversation, or a text to continue.
     pub prompt: Prompt,
-    /// The answer, without white space around it; it may be empty.
+    /// The answer as it stands in the file; it may be empty.
     pub answer: String,
     /// Where it stands: the line of its file, from 1.
     pub line: usize,
@@ -46,7 +46,34 @@ struct Line {
     answer: String,
 }
 
+impl Question {
+    /// The answer without white space around it.
+    pub fn expected(&self) -> &str {
+        self.answer.trim()
+    }
+}
+
 impl Task {
+    /// Reads files of tasks. Those whose files have one name are called after their
+    /// folders too.
+    ///
+    /// # Errors
+    /// As [`Task::read`], and when two have the same name even so.
+    pub fn read_all<P: AsRef<Path>>(paths: &[P]) -> Result<Vec<Self>> {
+        let mut tasks: Vec<Self> =
+            paths.iter().map(|path| Self::read(path.as_ref())).collect::<Result<_>>()?;
+        let names: Vec<String> = tasks.iter().map(|task| task.name.clone()).collect();
+        for task in &mut tasks {
+            let folder = task.path.parent().and_then(Path::file_name);
+            if let Some(folder) = folder
+                && names.iter().filter(|name| **name == task.name).count() > 1
+            {
+                task.name = format!("{}/{}", folder.to_string_lossy(), task.name);
+            }
+        }
+        Ok(tasks)
+    }
+
     /// Reads JSON lines `{"messages": […] or "prompt": "…", "answer": "…"}`; empty
     /// lines are passed over.
     ///
@@ -76,7 +103,7 @@ fn question(path: &Path, line: usize, text: &str) -> Result<Question> {
         (None, Some(text)) if !text.is_empty() => Prompt::Text(text),
         _ => return Err(bad("expected either messages or a prompt".into())),
     };
-    Ok(Question { prompt, answer: parsed.answer.trim().to_owned(), line })
+    Ok(Question { prompt, answer: parsed.answer, line })
 }
 
 /// A plain text.
@@ -84,6 +111,8 @@ fn question(path: &Path, line: usize, text: &str) -> Result<Question> {
 pub struct TextFile {
     /// What it is called: its file's name.
     pub name: String,
+    /// Its file.
+    pub path: PathBuf,
     /// Digest of its file.
     pub digest: Digest,
     /// The text, not empty.
@@ -101,7 +130,7 @@ impl TextFile {
             return Err(Error::EmptyText { path: path.to_owned() });
         }
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        Ok(Self { name, digest, text })
+        Ok(Self { name, path: path.to_owned(), digest, text })
     }
 }
 
@@ -115,6 +144,7 @@ fn read_text(path: &Path) -> Result<(String, Digest, String)> {
         let line = 1 + valid.iter().filter(|b| **b == b'\n').count();
         Error::Line { path: path.to_owned(), line, problem: "not valid UTF-8".into() }
     })?;
+    let text = text.strip_prefix('\u{feff}').map_or_else(|| text.clone(), str::to_owned);
     let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
     Ok((name, digest, text))
 }
@@ -132,7 +162,7 @@ mod tests {
 
     #[test]
     fn questions_come_with_their_lines() {
-        let text = "{\"prompt\": \"1 + 1 =\", \"answer\": \" 2\\n\", \"more\": 1}\n\n\
+        let text = "\u{feff}{\"prompt\": \"1 + 1 =\", \"answer\": \" 2\\n\", \"more\": 1}\n\n\
                     {\"messages\": [{\"role\": \"user\", \"content\": \"hi\"}], \"answer\": \"ho\"}\n";
         let task = read(text.as_bytes()).unwrap();
         assert_eq!(task.name, "sums");
@@ -142,7 +172,7 @@ mod tests {
         assert_eq!(
             task.questions,
             [
-                Question { prompt, answer: "2".into(), line: 1 },
+                Question { prompt, answer: " 2\n".into(), line: 1 },
                 Question { prompt: Prompt::Messages(vec![message]), answer: "ho".into(), line: 3 },
             ]
         );

@@ -52,7 +52,7 @@ fn figures_are_those_of_pytorch() {
             window_tokens: expected["window_tokens"].as_u64().map(|n| usize::try_from(n).unwrap()),
             seed: 0,
         };
-        let mut ruler = Ruler::new(&base, &finetune, tests, &Unwatched).unwrap();
+        let ruler = Ruler::new(&base, &finetune, tests, &Unwatched).unwrap();
         let subject = Subject { model: &base, tenant: Some(&tenant) };
         let got = ruler.measure("compressed", subject, &Unwatched).unwrap();
         assert!(!got.tasks.is_empty());
@@ -70,7 +70,7 @@ fn figures_are_those_of_pytorch() {
         }
         let perplexity = got.perplexity.unwrap();
         close(perplexity.base, "perplexity: base".into());
-        close(Some(perplexity.finetune), "perplexity: finetune".into());
+        close(perplexity.finetune, "perplexity: finetune".into());
         close(perplexity.compressed, "perplexity: compressed".into());
     }
 }

@@ -99,14 +99,17 @@ pub(crate) struct RestoreArgs {
 /// What is measured with.
 #[derive(Debug, clap::Args)]
 pub(crate) struct MeasureArgs {
-    /// Files of questions, JSON lines with `messages` or `prompt`, and `answer`
+    /// Files of questions, JSON lines with `messages` or `prompt`, and `answer`; one or more
     #[arg(long, num_args = 1.., value_name = "FILE.jsonl")]
     pub(crate) tasks: Vec<PathBuf>,
+    /// Only the first N questions of each task
+    #[arg(long, value_name = "N", value_parser = positive)]
+    pub(crate) limit: Option<usize>,
     /// A plain text for perplexity
     #[arg(long, value_name = "FILE")]
     pub(crate) text: Option<PathBuf>,
     /// Tokens of that text that are run as one document [default: the context, at most 2048]
-    #[arg(long, value_name = "TOKENS", value_parser = positive, requires = "text")]
+    #[arg(long, value_name = "TOKENS", value_parser = window, requires = "text")]
     pub(crate) window: Option<usize>,
     /// A plain text for activations: errors are then weighed by them too
     #[arg(long, value_name = "FILE")]
@@ -131,8 +134,11 @@ pub(crate) struct EvalArgs {
     #[arg(long, requires = "artifact")]
     pub(crate) record: bool,
     /// List the error at every linear site
-    #[arg(long)]
+    #[arg(long, requires = "artifact")]
     pub(crate) sites: bool,
+    /// Write every question with all replies into this file, as JSON lines
+    #[arg(long, value_name = "FILE.jsonl")]
+    pub(crate) samples: Option<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -141,7 +147,8 @@ pub(crate) struct CompareArgs {
     pub(crate) base: PathBuf,
     /// Checkpoint folder of the fine-tune
     pub(crate) fine_tune: PathBuf,
-    /// Codecs to compare beside the baselines, NAME or NAME:OPTION=VALUE,…; all unless given
+    /// Codecs to compare beside the baselines, NAME or NAME:OPTION=VALUE,…; all unless given;
+    /// one or more
     #[arg(long, num_args = 1.., value_name = "CODEC")]
     pub(crate) codecs: Vec<String>,
     /// Sizes for codecs that can choose, in bits per weight
@@ -264,6 +271,13 @@ fn tables(text: &str) -> Result<TablePlan, String> {
 fn positive(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(0) | Err(_) => Err("expected a number from 1 on".to_owned()),
+        Ok(n) => Ok(n),
+    }
+}
+
+fn window(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0 | 1) | Err(_) => Err("expected a number from 2 on".to_owned()),
         Ok(n) => Ok(n),
     }
 }

@@ -84,7 +84,8 @@ fn the_whole_way_for_programs() {
             "effective_bpw_linear",
             "effective_bpw_total",
             "codecs",
-            "seconds"
+            "seconds",
+            "peak_memory_bytes"
         ]
     );
     assert_eq!((&got["artifact"], &got["bytes"]), (&json!(out), &json!(total("a"))));

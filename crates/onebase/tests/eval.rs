@@ -5,9 +5,13 @@
 
 mod support;
 
+use std::collections::BTreeMap;
+use std::path::Path;
+
 use onebase_codec::CODECS;
+use safetensors::SafeTensors;
 use serde_json::{Value, json};
-use support::{Place, Run, contents, copy, demo, onebase};
+use support::{Place, Run, compress_args, contents, copy, demo, onebase};
 
 /// Questions that are asked: enough for a figure, few enough for a test.
 const N_QUESTIONS: usize = 12;
@@ -85,9 +89,12 @@ fn an_artifact_is_measured_beside_its_base_and_its_fine_tune() {
     #[allow(clippy::cast_precision_loss)]
     let bits = 8.0 * on_disk as f64 / 5_246_208.0;
     assert_eq!(number(&got["effective_bpw_total"]), bits);
-    for key in ["prefill_tokens", "prefill_seconds", "decode_tokens", "decode_seconds"] {
-        assert!(number(&got["speed"][key]) > 0.0, "{key}");
+    for who in ["base", "finetune", "compressed"] {
+        for key in ["prefill_tokens", "prefill_seconds", "decode_tokens", "decode_seconds"] {
+            assert!(number(&got["speed"][who][key]) > 0.0, "{who} {key}");
+        }
     }
+    assert_eq!(got["calibration"]["name"], "prose.txt");
     assert_eq!((&got["notes"], &got["recorded"]), (&json!([]), &json!(false)));
 
     // The same again, but for the time.
@@ -113,6 +120,8 @@ fn an_exact_delta_keeps_everything() {
     let math = task(&place, "math");
     let got = eval(&place.text("a"), &["--tasks", &math, "--json"]).exits(0).object();
     assert_eq!(got["tasks"][0]["skill_kept"], json!(1.0));
+    // A dozen questions cannot tell that nothing at all is lost.
+    assert!(number(&got["tasks"][0]["skill_kept_ci"][0]) < 0.99);
     assert_eq!(got["top1_agreement"], json!(1.0));
     assert!(number(&got["kl_mean"]) < 1e-9, "{got}");
     assert_eq!((&got["perplexity"], &got["error"]["output"]), (&Value::Null, &Value::Null));
@@ -198,7 +207,7 @@ fn bad_tests_are_refused_where_they_are() {
     refused(&write(&place, "empty.jsonl", "\n"), &["empty.jsonl has no question", "hint: "]);
     refused(
         &write(&place, "broken.jsonl", &format!("{good}\n{{\"prompt\": 1")),
-        &["broken.jsonl, line 3: ", "hint: a test is JSON lines"],
+        &["broken.jsonl, line 3: ", "hint: a task is JSON lines"],
     );
     let long = format!("{good}{{\"prompt\": \"a\", \"answer\": \"{}\"}}", "a b ".repeat(900));
     refused(
@@ -207,11 +216,88 @@ fn bad_tests_are_refused_where_they_are() {
     );
     refused(&place.text("absent.jsonl"), &["cannot read", "absent.jsonl", "because: "]);
     let twice = write(&place, "sums.jsonl", good);
-    eval(&out, &["--tasks", &twice, &twice]).exits(1).says(&["two tests are called sums", "hint"]);
-    eval(&out, &[]).exits(1).says(&["neither a test nor a text is given", "hint: give --tasks"]);
+    eval(&out, &["--tasks", &twice, &twice]).exits(1).says(&[
+        "two tasks are called",
+        "/sums",
+        "hint",
+    ]);
+    eval(&out, &[]).exits(1).says(&["neither a task nor a text is given", "hint: give --tasks"]);
     let blank = write(&place, "blank.txt", " \n");
     eval(&out, &["--text", &blank]).exits(1).says(&["blank.txt has no text"]);
     eval(&out, &["--window", "5"]).exits(2);
+    eval(&out, &["--text", &text(&place), "--window", "1"]).exits(2).says(&["from 2 on"]);
+    // A token that the tokenizer knows and the weights do not.
+    copy(&demo("math"), &place.path("math"));
+    let file = place.path("math").join("tokenizer.json");
+    let mut tokenizer: Value =
+        serde_json::from_str(&std::fs::read_to_string(&file).unwrap()).unwrap();
+    let mut token = tokenizer["added_tokens"][0].clone();
+    (token["id"], token["content"]) = (json!(2048), json!("<|past|>"));
+    tokenizer["added_tokens"].as_array_mut().unwrap().push(token);
+    std::fs::write(&file, tokenizer.to_string()).unwrap();
+    let (base, math) = (arg("base"), place.text("math"));
+    let past = format!("{good}{{\"prompt\": \"a <|past|>\", \"answer\": \"2\"}}");
+    let task = write(&place, "past.jsonl", &past);
+    let text = write(&place, "past.txt", "a <|past|> b");
+    let reference = ["eval", &base, "--reference", &math];
+    let run = onebase(reference.iter().chain(&["--tasks", &task])).exits(1);
+    run.says(&["past.jsonl, line 2", "because: token 2048 is outside", "hint: the tokenizer"]);
+    let run = onebase(reference.iter().chain(&["--text", &text])).exits(1);
+    run.says(&["past.txt", "because: token 2048 is outside", "hint: the tokenizer"]);
+}
+
+#[test]
+fn samples_show_what_was_replied() {
+    let place = Place::new();
+    place.compress("math", "rtn", "a");
+    let (math, samples) = (task(&place, "math"), place.text("samples.jsonl"));
+    let args = ["--tasks", &math, "--limit", "3", "--samples", &samples, "--json"];
+    let got = eval(&place.text("a"), &args).exits(0).object();
+    assert_eq!(got["tasks"][0]["n"], 3);
+    let text = std::fs::read_to_string(&samples).unwrap();
+    let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines.len(), 3);
+    assert_eq!((&lines[2]["task"], &lines[2]["line"]), (&json!("math"), &json!(3)));
+    for line in &lines {
+        let right = line["finetune"].as_str().unwrap().trim() == line["answer"];
+        assert_eq!(line["right"][1], json!(right), "{line}");
+        assert!(line["base"].is_string() && line["compressed"].is_string());
+    }
+}
+
+#[test]
+fn tasks_of_one_name_are_called_after_their_folders() {
+    let place = Place::new();
+    for folder in ["one", "two"] {
+        std::fs::create_dir(place.path(folder)).unwrap();
+        let file = place.path(folder).join("test.jsonl");
+        std::fs::write(file, "{\"prompt\": \"1 + 1 =\", \"answer\": \" 2\"}").unwrap();
+    }
+    let files = ["one/test.jsonl", "two/test.jsonl"].map(|name| place.text(name));
+    let (base, math) = (arg("base"), arg("math"));
+    let args = ["eval", &base, "--reference", &math, "--json", "--tasks", &files[0], &files[1]];
+    let got = onebase(args).exits(0).object();
+    let names: Vec<&Value> =
+        got["tasks"].as_array().unwrap().iter().map(|task| &task["name"]).collect();
+    assert_eq!(names, ["one/test", "two/test"]);
+}
+
+#[test]
+fn a_record_that_is_not_understood_harms_nothing() {
+    let place = Place::new();
+    place.compress("math", "rtn", "a");
+    let path = place.path("a").join("onebase.json");
+    let mut manifest: Value =
+        serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+    manifest["quality"] = json!({"of": "another version"});
+    std::fs::write(&path, manifest.to_string()).unwrap();
+    let (base, out) = (arg("base"), place.text("a"));
+    onebase(["verify", &base, &out]).exits(0);
+    onebase(["inspect", &out]).exits(0);
+    let math = task(&place, "math");
+    eval(&out, &["--tasks", &math, "--limit", "1", "--record"]).exits(0);
+    let got = onebase(["inspect", &out, "--json"]).exits(0).object();
+    assert_eq!(got["quality"]["reference"], "math");
 }
 
 #[test]
@@ -236,7 +322,35 @@ fn an_artifact_of_another_fine_tune_is_refused() {
     place.compress("chat", "sign", "a");
     let math = task(&place, "math");
     let run = eval(&place.text("a"), &["--tasks", &math]).exits(1);
-    run.says(&["was not made from", "tensor model.layers.0.input_layernorm.weight", "--reference"]);
+    run.says(&["was not made from", "model.layers.0.input_layernorm.weight", "--reference"]);
+    // Nor is one whose vectors are the base's, as those of a merged adapter are.
+    let mut folders = Vec::new();
+    for name in ["math", "chat"] {
+        copy(&demo(name), &place.path(name));
+        keep_vectors(&place.path(name));
+        folders.push(place.path(name));
+    }
+    onebase(compress_args(&folders[0], "rtn", &place.path("b"))).exits(0);
+    let (base, chat) = (arg("base"), place.text("chat"));
+    let args = ["eval", &base, &place.text("b"), "--reference", &chat, "--tasks", &math];
+    // Both have deltas everywhere, so that no tensor tells; the figures do.
+    let run = onebase(args.iter().chain(&["--limit", "2"])).exits(0);
+    assert!(run.stdout.contains("no nearer to the fine-tune's weights"), "{}", run.stdout);
+}
+
+/// Puts the base's norms into a fine-tune of the demo.
+fn keep_vectors(folder: &Path) {
+    let path = folder.join("model.safetensors");
+    let own = std::fs::read(&path).unwrap();
+    let base = std::fs::read(demo("base").join("model.safetensors")).unwrap();
+    let (own, base) =
+        (SafeTensors::deserialize(&own).unwrap(), SafeTensors::deserialize(&base).unwrap());
+    let tensors = own.names().into_iter().map(|name| {
+        let from = if name.contains("norm") { &base } else { &own };
+        (name.to_owned(), from.tensor(name).unwrap())
+    });
+    let bytes = safetensors::serialize(tensors.collect::<BTreeMap<_, _>>(), None).unwrap();
+    std::fs::write(path, bytes).unwrap();
 }
 
 #[test]
@@ -275,8 +389,9 @@ fn a_comparison_is_one_page_and_its_data() {
     let mut args = vec!["compare", &base, &math, "--tasks", &questions, "--text", &prose];
     args.extend(["--calibration", &prose, "--bits", "0.5,2", "-o", &page, "--keep", &kept]);
     args.extend(["--codecs", "rtn:group_size=64,sign:scale=matrix", "dense"]);
-    let run = onebase(args.iter().chain(&["--json"])).exits(0);
-    let got = run.object();
+    let got = onebase(args.iter().chain(&["--json"])).exits(0).object();
+    let note = got["notes"][0].as_str().unwrap();
+    assert!(note.contains("rtn:group_size=64 at 0.5 bits"), "{note}");
     let data = std::fs::read_to_string(place.path("r.json")).unwrap();
     assert_eq!(serde_json::from_str::<Value>(&data).unwrap(), got);
 
@@ -354,14 +469,33 @@ fn a_comparison_is_one_page_and_its_data() {
         assert!(!html.contains(outside), "{outside}");
     }
 
-    let run = onebase(["compare", &base, &math, "--tasks", &questions, "-o", "r.json"]).exits(1);
-    run.says(&["r.json: the report is HTML"]);
-    let wrong = ["compare", &base, &math, "--tasks", &questions, "--codecs", "rnt", "-o", &page];
-    onebase(wrong).exits(1).says(&["unknown codec \"rnt\"", "did you mean `rtn`?"]);
-    onebase(["compare", &base, &math, "--bits", "0"]).exits(2).says(&["above 0"]);
-    onebase(["compare", &base, &math, "-o", "/no/such/r.html", "--tasks", &questions])
-        .exits(1)
-        .says(&["/no/such does not exist"]);
+    // Artifacts of an earlier run are not overwritten, and that is said at once.
+    onebase(&args).exits(1).says(&["rtn-bits-1-group_size-128 already exists"]);
+}
+
+#[test]
+fn what_compare_cannot_do_is_said_before_it_begins() {
+    let place = Place::new();
+    let (base, math, questions) = (arg("base"), arg("math"), task(&place, "math"));
+    let compare = |more: &[&str]| {
+        let args = ["compare", &base, &math, "--tasks", &questions];
+        onebase(args.iter().chain(more))
+    };
+    let page = place.text("r.html");
+    compare(&["-o", "r.json"]).exits(2).says(&["r.json: the report is HTML"]);
+    let run = compare(&["-o", &page, "--codecs", "rnt"]).exits(2);
+    run.says(&["unknown codec \"rnt\"", "did you mean `rtn`?"]);
+    let run = compare(&["-o", &page, "--codecs", "rtn:group_size=64", "--bits", "0.5"]).exits(2);
+    run.says(&["codec rtn, option bits: expected 1 to 8, got 0.5"]);
+    compare(&["--bits", "0"]).exits(2).says(&["above 0"]);
+    compare(&["-o", "/no/such/r.html"]).exits(1).says(&["cannot create", "/no/such"]);
+    std::fs::create_dir(place.path("folder.html")).unwrap();
+    compare(&["-o", &place.text("folder.html")]).exits(1).says(&["is a folder"]);
+    write(&place, "config.json", "{}");
+    compare(&["-o", &place.text("config.html")]).exits(1).says(&["would be overwritten"]);
+    let run = onebase(["compare", &base, &math, "-o", &page]).exits(1);
+    run.says(&["neither a task nor a text is given"]);
+    assert_eq!(place.names(), ["config.json", "folder.html", "math.jsonl"], "nothing is left");
 }
 
 #[test]

@@ -5,5 +5,7 @@ mod products;
 mod truncated;
 
 pub use eigen::{Eigen, symmetric_eigen, symmetric_eigenvalues};
-pub use products::{add_gram_of_columns, gram, product, product_transposed};
-pub use truncated::{SvdMethod, Truncated, truncated_svd};
+pub use products::{gram, product, product_transposed};
+pub use truncated::{SvdMethod, Truncated, gram_of_shorter_side, truncated_svd};
+
+use products::add_gram_of_columns;

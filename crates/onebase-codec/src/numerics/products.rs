@@ -35,7 +35,7 @@ pub fn gram(a: &[f64], [n_rows, n_cols]: [usize; 2]) -> (Vec<f64>, usize) {
 /// the columns of a matrix that is read by blocks of rows.
 ///
 /// Panics when a length is not the product of its shape.
-pub fn add_gram_of_columns(a: &[f64], [n_rows, n]: [usize; 2], sum: &mut [f64]) {
+pub(super) fn add_gram_of_columns(a: &[f64], [n_rows, n]: [usize; 2], sum: &mut [f64]) {
     let a = MatRef::from_row_major_slice(a, n_rows, n);
     let sum = MatMut::from_row_major_slice_mut(sum, n, n);
     matmul(sum, Accum::Add, a.transpose(), a, 1.0, Par::Seq);

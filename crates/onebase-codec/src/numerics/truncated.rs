@@ -77,6 +77,25 @@ pub fn truncated_svd(delta: &dyn DeltaSource, rank: usize, method: SvdMethod) ->
     }
 }
 
+/// The Gram matrix of the shorter side of a delta, and its size: its eigenvalues
+/// are the squared singular values. A tall delta is read by blocks; one with fewer rows
+/// than columns is held as a whole.
+///
+/// # Errors
+/// When the delta cannot be read or holds NaN or ∞.
+pub fn gram_of_shorter_side(delta: &dyn DeltaSource) -> Result<(Vec<f64>, usize)> {
+    let shape @ [n_rows, n_cols] = delta.shape();
+    if n_rows < n_cols {
+        return Ok(gram(&read_wide(delta, 0..n_rows)?, shape));
+    }
+    let mut sum = vec![0.0; n_cols * n_cols];
+    for rows in blocks(shape) {
+        let block = read_wide(delta, rows.clone())?;
+        add_gram_of_columns(&block, [rows.len(), n_cols], &mut sum);
+    }
+    Ok((sum, n_cols))
+}
+
 /// Of a matrix with fewer rows than columns.
 fn wide(delta: &[f64], shape @ [n_rows, n_cols]: [usize; 2], rank: usize) -> Result<Truncated> {
     let (gram, n) = gram(delta, shape);
@@ -91,12 +110,8 @@ fn wide(delta: &[f64], shape @ [n_rows, n_cols]: [usize; 2], rank: usize) -> Res
 /// Of a matrix with at least as many rows as columns, which is read twice.
 fn tall(delta: &dyn DeltaSource, rank: usize) -> Result<Truncated> {
     let [n_rows, n_cols] = delta.shape();
-    let mut gram = vec![0.0; n_cols * n_cols];
-    for rows in blocks(delta.shape()) {
-        let block = read_wide(delta, rows.clone())?;
-        add_gram_of_columns(&block, [rows.len(), n_cols], &mut gram);
-    }
-    let Eigen { values, vectors } = symmetric_eigen(&gram, n_cols)?;
+    let (gram, n) = gram_of_shorter_side(delta)?;
+    let Eigen { values, vectors } = symmetric_eigen(&gram, n)?;
     let s = roots(&values[..rank]);
     let right = &vectors[..rank * n_cols];
     let mut u = vec![0.0; rank * n_rows];

@@ -42,9 +42,11 @@ pub struct Manifest {
     pub inherited: BTreeMap<String, Digest>,
     /// Every tensor of the fine-tune.
     pub tensors: BTreeMap<String, TensorRecord>,
-    /// How much of the fine-tune was kept, once that was measured.
+    /// How much of the fine-tune was kept, once that was measured; see
+    /// [`Manifest::quality`]. Nothing else depends on it, so that a record of another
+    /// version makes no artifact unreadable.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub quality: Option<Quality>,
+    pub quality: Option<Value>,
 }
 
 /// The base model of an artifact.
@@ -178,6 +180,11 @@ impl TensorRecord {
 }
 
 impl Manifest {
+    /// The quality record; `None` where there is none, or none that this version reads.
+    pub fn quality(&self) -> Option<Quality> {
+        serde_json::from_value(self.quality.clone()?).ok()
+    }
+
     /// [`manifest_text`] of this manifest.
     pub(crate) fn to_json(&self) -> serde_json::Result<String> {
         let Value::Object(fields) = serde_json::to_value(self)? else {

@@ -14,6 +14,6 @@ pub use manifest::{
     BaseRecord, CodecRecord, FORMAT, FORMAT_VERSION, FileRecord, MANIFEST_FILE, MODEL_CARD_FILE,
     Manifest, Role, Storage, TensorRecord,
 };
-pub use quality::{DeltaError, Perplexity, Quality, TaskQuality};
+pub use quality::{CalibrationRecord, DeltaError, Perplexity, Quality, TaskQuality};
 pub use reader::{Artifact, ExactTensor, Sizes};
 pub use writer::{ArtifactWriter, Origin};

@@ -14,7 +14,7 @@ pub struct Quality {
     pub reference: String,
     /// Seed of the intervals.
     pub seed: u64,
-    /// Tests with exact answers.
+    /// Questions with exact answers.
     pub tasks: Vec<TaskQuality>,
     /// Mean Kullback-Leibler divergence of the next-token distribution from the
     /// fine-tune's, in nats.
@@ -25,12 +25,15 @@ pub struct Quality {
     pub perplexity: Option<Perplexity>,
     /// Error of the deltas of the linear sites.
     pub error: Option<DeltaError>,
+    /// What the error of the outputs was measured on.
+    #[serde(default)]
+    pub calibration: Option<CalibrationRecord>,
 }
 
-/// How a test with exact answers was passed.
+/// How a task with exact answers was done.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TaskQuality {
-    /// What the test is called.
+    /// What the task is called.
     pub name: String,
     /// Digest of its file.
     pub blake3: Digest,
@@ -66,10 +69,21 @@ pub struct Perplexity {
     pub window_tokens: usize,
     /// The base's; absent where its vocabulary lacks a token of the text.
     pub base: Option<f64>,
-    /// The fine-tune's.
-    pub finetune: f64,
+    /// The fine-tune's; absent where it is no finite number.
+    pub finetune: Option<f64>,
     /// With the artifact.
     pub compressed: Option<f64>,
+}
+
+/// A text on which activations were measured.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CalibrationRecord {
+    /// What it is called.
+    pub name: String,
+    /// Digest of its file.
+    pub blake3: Digest,
+    /// Tokens.
+    pub n_tokens: usize,
 }
 
 /// Relative squared error of deltas: 0 where nothing is lost, 1 where the delta

@@ -1,50 +1,68 @@
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, bail};
-use onebase_codec::CODECS;
-use onebase_eval::{Comparison, Input, Plan, TextFile, Variant, compare};
+use clap::CommandFactory as _;
+use clap::error::ErrorKind;
+use onebase_codec::{CODECS, CodecSpec};
+use onebase_compress::TablePlan;
+use onebase_eval::{Comparison, Cost, Input, Plan, TextFile, Variant, compare};
 use onebase_format::artifact::TaskQuality;
 use onebase_format::write_file;
+use serde_json::Value;
 
-use crate::args::CompareArgs;
+use crate::args::{Args, CompareArgs};
 use crate::commands::eval::skill;
 use crate::output::{Output, Stages, bytes, number, table};
 
 pub(crate) fn run(args: &CompareArgs, output: &Output) -> anyhow::Result<()> {
-    let data_path = args.out.with_extension("json");
-    if data_path == args.out {
-        bail!("{}: the report is HTML, its data goes beside it as .json", args.out.display());
-    }
+    let data_path = data_path(&args.out);
     let codecs = if args.codecs.is_empty() {
         CODECS.iter().map(|codec| codec.name().to_owned()).collect()
     } else {
         split_codecs(&args.codecs)
     };
-    let plan = Plan::new(&codecs, &args.bits, args.embeddings.clone())?;
-    let plan = if args.no_ideal { plan.without_ideal() } else { plan };
+    let plan = match Plan::new(&codecs, &args.bits, args.embeddings.clone()) {
+        Ok(plan) if args.no_ideal => plan.without_ideal(),
+        Ok(plan) => plan,
+        Err(error) => {
+            let hint = error.hint().map(|hint| format!("; {hint}")).unwrap_or_default();
+            wrong_use(&format!("{error}{hint}"));
+        }
+    };
     let input = Input {
         base: &args.base,
         finetune: &args.fine_tune,
         tests: args.measure.tests()?,
         calibration: args.measure.calibration.as_deref().map(TextFile::read).transpose()?,
     };
-    let temporary = tempfile::tempdir().context("cannot make a temporary folder")?;
+    // Hours later would be late to learn that the report cannot be written.
+    check_writable(&args.out, &data_path)?;
+    let around = match args.out.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let scratch = tempfile::Builder::new()
+        .prefix(".onebase-compare-")
+        .tempdir_in(around)
+        .with_context(|| format!("cannot make a temporary folder in {}", around.display()))?;
     let folder = match &args.keep {
         Some(folder) => {
             std::fs::create_dir_all(folder)
                 .with_context(|| format!("cannot create {}", folder.display()))?;
             folder.as_path()
         }
-        None => temporary.path(),
+        None => scratch.path(),
     };
-    // Hours later would be late to learn that the report cannot be written.
-    check_writable(&args.out)?;
     let stages = Stages::new();
-    let comparison = compare(input, &plan, folder, &stages)?;
+    let compressor = |codec: &CodecSpec, tables: &TablePlan, target: &Path| {
+        Ok(compress_apart(args, codec, tables, target)?)
+    };
+    let comparison = compare(input, &plan, folder, &compressor, &stages)?;
     stages.finish();
-    write_file(&args.out, comparison.html()?.as_bytes())?;
     let json = serde_json::to_string_pretty(&comparison)?;
     write_file(&data_path, format!("{json}\n").as_bytes())?;
+    write_file(&args.out, comparison.html()?.as_bytes())?;
     output.result(&comparison, || {
         let mut text = summary(&comparison);
         for note in &comparison.notes {
@@ -60,12 +78,84 @@ pub(crate) fn run(args: &CompareArgs, output: &Output) -> anyhow::Result<()> {
     })
 }
 
+/// Ends the program as clap does for arguments that it refuses.
+fn wrong_use(problem: &str) -> ! {
+    Args::command().error(ErrorKind::ValueValidation, problem).exit()
+}
+
+/// Where the data of a report goes: its name with another ending.
+fn data_path(report: &Path) -> PathBuf {
+    let html = ["html", "htm"].map(|ending| report.extension().is_some_and(|e| e == ending));
+    if html.contains(&true) {
+        return report.with_extension("json");
+    }
+    if report.extension().is_some_and(|e| e == "json") {
+        wrong_use(&format!(
+            "{}: the report is HTML, its data goes beside it as .json",
+            report.display()
+        ));
+    }
+    let mut name = report.as_os_str().to_owned();
+    name.push(".json");
+    name.into()
+}
+
+/// Checks that both files can be written, and that neither takes the place of
+/// something else.
+fn check_writable(report: &Path, data: &Path) -> anyhow::Result<()> {
+    if data.exists() && !report.exists() {
+        bail!(
+            "{} is there and no report beside it: it would be overwritten; choose another --out",
+            data.display()
+        );
+    }
+    for path in [report, data] {
+        if path.is_dir() {
+            bail!("{} is a folder, expected a file to write", path.display());
+        }
+        if !path.exists() {
+            write_file(path, b"")?;
+            std::fs::remove_file(path)
+                .with_context(|| format!("cannot remove {}", path.display()))?;
+        }
+    }
+    Ok(())
+}
+
+/// Compresses in a process of its own, whose time and memory are those of
+/// compression.
+fn compress_apart(
+    args: &CompareArgs,
+    codec: &CodecSpec,
+    tables: &TablePlan,
+    target: &Path,
+) -> anyhow::Result<Cost> {
+    let program = std::env::current_exe().context("cannot find this program")?;
+    let run = Command::new(program)
+        .args(["compress", "--json", "--threads", &rayon::current_num_threads().to_string()])
+        .args(["--codec", &codec.to_string(), "--embeddings", &tables.to_string()])
+        .arg("--out")
+        .args([target, &args.base, &args.fine_tune])
+        .stdin(Stdio::null())
+        .output()
+        .context("cannot start a process")?;
+    if !run.status.success() {
+        bail!("{}", String::from_utf8_lossy(&run.stderr).trim().trim_start_matches("error: "));
+    }
+    let object: Value = serde_json::from_slice(&run.stdout).context("compress --json")?;
+    Ok(Cost {
+        seconds: object["seconds"].as_f64().unwrap_or_default(),
+        peak_memory_bytes: object["peak_memory_bytes"].as_u64(),
+    })
+}
+
 /// Codecs of some lists: commas stand between codecs and between the options of
 /// one, and only an option has an equals sign and no name before it.
 fn split_codecs(lists: &[String]) -> Vec<String> {
     let mut codecs: Vec<String> = Vec::new();
     for list in lists {
-        for (index, piece) in list.split(',').enumerate() {
+        let pieces = list.split(',').map(str::trim).filter(|piece| !piece.is_empty());
+        for (index, piece) in pieces.enumerate() {
             let is_option = index > 0 && piece.contains('=') && !piece.contains(':');
             match codecs.last_mut() {
                 Some(codec) if is_option => {
@@ -77,17 +167,6 @@ fn split_codecs(lists: &[String]) -> Vec<String> {
         }
     }
     codecs
-}
-
-fn check_writable(path: &Path) -> anyhow::Result<()> {
-    let parent = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    if !parent.is_dir() {
-        bail!("{}: the folder {} does not exist", path.display(), parent.display());
-    }
-    Ok(())
 }
 
 fn summary(comparison: &Comparison) -> String {
@@ -131,6 +210,7 @@ mod tests {
         let two = ["rtn:bits=2,group_size=64", "sign"];
         assert_eq!(split(&["rtn:bits=2,group_size=64,sign"]), two);
         assert_eq!(split(&two), two);
+        assert_eq!(split(&["rtn:bits=2, group_size=64,", "sign"]), two);
         assert_eq!(split(&["rtn,sign:scale=row,dense"]), ["rtn", "sign:scale=row", "dense"]);
     }
 }

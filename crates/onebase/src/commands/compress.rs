@@ -7,6 +7,14 @@ use crate::args::CompressArgs;
 use crate::commands::inspect::summary_rows;
 use crate::output::{Bar, Output, bytes, table};
 
+/// The most resident memory that this process held so far; Linux alone tells.
+fn peak_memory_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
+}
+
 pub(crate) fn run(args: &CompressArgs, output: &Output) -> anyhow::Result<()> {
     let start = Instant::now();
     let pair = Pair::open(&args.base, &args.fine_tune)?;
@@ -25,6 +33,7 @@ pub(crate) fn run(args: &CompressArgs, output: &Output) -> anyhow::Result<()> {
         "effective_bpw_total": sizes.effective_bpw_total(),
         "codecs": manifest.codecs,
         "seconds": seconds,
+        "peak_memory_bytes": peak_memory_bytes(),
     });
     output.result(&object, || {
         let mut rows = vec![vec!["artifact".to_owned(), args.out.display().to_string()]];

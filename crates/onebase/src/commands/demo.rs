@@ -86,7 +86,7 @@ fn fine_tune_rows(
     let n = task.questions.len();
     let stages = Stages::new();
     let tests = Tests { tasks: vec![task], ..Tests::default() };
-    let mut ruler = Ruler::new(model, &original, tests, &stages)?;
+    let ruler = Ruler::new(model, &original, tests, &stages)?;
     let right = |share: f64| {
         #[allow(
             clippy::cast_precision_loss,

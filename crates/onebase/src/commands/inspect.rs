@@ -67,7 +67,7 @@ pub(crate) fn summary_rows(manifest: &Manifest, sizes: &Sizes) -> Vec<Vec<String
     }
     rows.extend(stored.into_iter().map(|(what, n)| [what, format!("{n} tensors")]));
     let mut rows: Vec<Vec<String>> = rows.into_iter().map(Vec::from).collect();
-    if let Some(quality) = &manifest.quality {
+    if let Some(quality) = &manifest.quality() {
         for task in &quality.tasks {
             rows.push(vec![
                 format!("skill kept, {} ({} questions)", task.name, task.n),
