@@ -15,6 +15,7 @@ mod options;
 mod signs;
 mod source;
 mod spec;
+mod svd_options;
 
 pub use codec::{Codec, DeltaLinear};
 pub use codecs::CODECS;

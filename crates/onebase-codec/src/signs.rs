@@ -112,6 +112,11 @@ impl Signs {
         }
     }
 
+    /// Takes what is stored off weights of rows, `[rows.len(), in_features]`.
+    pub(crate) fn take_off(&self, rows: Range<usize>, weights: &mut [f32]) {
+        self.visit(rows, weights, |weight, stored| *weight = finite_sum(*weight, -stored));
+    }
+
     /// `y += x Δᵀ`, as [`crate::DeltaLinear::add_to`].
     pub(crate) fn add_to(&self, backend: Backend, x: MatrixRef<'_>, y: &mut MatrixMut<'_>) {
         let signs = Sign { bits: &self.bits, scale: &self.scale, in_features: self.shape[1] };

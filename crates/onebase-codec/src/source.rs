@@ -3,6 +3,7 @@ use std::ops::Range;
 use onebase_tensor::MatrixRef;
 use rayon::prelude::*;
 
+use crate::signs::finite_sum;
 use crate::{Error, Result};
 
 /// A delta `[out_features, in_features]` that can be read by rows, so that an
@@ -109,6 +110,13 @@ impl DeltaSource for Less<'_> {
         (self.taken)(rows, out);
         Ok(())
     }
+}
+
+/// Takes off weights what `write` writes for them.
+pub(crate) fn take(weights: &mut [f32], write: impl FnOnce(&mut [f32])) {
+    let mut taken = vec![0.0; weights.len()];
+    write(&mut taken);
+    weights.iter_mut().zip(&taken).for_each(|(w, taken)| *w = finite_sum(*w, -taken));
 }
 
 /// Checks rows from `first` on.

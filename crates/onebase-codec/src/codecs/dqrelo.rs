@@ -21,9 +21,10 @@ use onebase_kernels::{Backend, plane_bytes};
 use onebase_tensor::{EncodedDelta, MatrixMut, MatrixRef};
 
 use crate::factors::Factors;
-use crate::numerics::{SvdMethod, truncated_svd};
+use crate::numerics::truncated_svd;
 use crate::signs::{Signs, finite_sum};
-use crate::source::Less;
+use crate::source::{Less, take};
+use crate::svd_options::{SEED, SVD, svd_method};
 use crate::{Codec, DeltaLinear, DeltaSource, Kind, OptionSpec, Options, Result};
 
 /// Parts `sign`: `[out_features, plane_bytes]`, U8, as the codec `sign` packs them;
@@ -57,16 +58,8 @@ impl Codec for Dqrelo {
                 doc: "which of the two comes first, the other takes what it leaves",
                 kind: Kind::Choice(&["sign-first", "low-rank-first"]),
             },
-            OptionSpec {
-                name: "svd",
-                doc: "how the decomposition is computed",
-                kind: Kind::Choice(&["randomized", "full"]),
-            },
-            OptionSpec {
-                name: "seed",
-                doc: "of the randomized decomposition",
-                kind: Kind::Int { min: 0, max: 65535, multiple_of: 1, default: 0 },
-            },
+            SVD,
+            SEED,
         ]
     }
 
@@ -79,28 +72,19 @@ impl Codec for Dqrelo {
     fn encode(&self, options: &Options, delta: &dyn DeltaSource) -> Result<EncodedDelta> {
         let shape @ [n_rows, n_cols] = delta.shape();
         let rank = rank(options, shape);
-        let method = match options.choice("svd") {
-            "full" => SvdMethod::Full,
-            _ => SvdMethod::Randomized { seed: options.int("seed") as u64 },
-        };
+        let method = svd_method(options);
         let factors = |of: &dyn DeltaSource| -> Result<Factors> {
             Ok(Factors::from_svd(&truncated_svd(of, rank, method)?, shape))
         };
         let (signs, factors) = if options.choice("order") == "sign-first" {
             let signs = Signs::fit(delta, true)?;
-            let less_signs = |rows: Range<usize>, weights: &mut [f32]| {
-                signs.visit(rows, weights, |w, taken| *w = finite_sum(*w, -taken));
-            };
-            let factors = factors(&Less { delta, taken: &less_signs })?;
+            let less = |rows, weights: &mut [f32]| signs.take_off(rows, weights);
+            let factors = factors(&Less { delta, taken: &less })?;
             (signs, factors)
         } else {
             let factors = factors(delta)?;
-            let less_factors = |rows: Range<usize>, weights: &mut [f32]| {
-                let mut taken = vec![0.0; weights.len()];
-                factors.write_rows(rows, &mut taken);
-                weights.iter_mut().zip(&taken).for_each(|(w, taken)| *w = finite_sum(*w, -taken));
-            };
-            let signs = Signs::fit(&Less { delta, taken: &less_factors }, true)?;
+            let less = |rows, weights: &mut [f32]| take(weights, |w| factors.write_rows(rows, w));
+            let signs = Signs::fit(&Less { delta, taken: &less }, true)?;
             (signs, factors)
         };
         let [(scale_shape, scale), (sign_shape, sign)] = signs.into_data();

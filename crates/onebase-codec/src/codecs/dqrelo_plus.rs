@@ -22,9 +22,10 @@ use onebase_tensor::{EncodedDelta, MatrixMut, MatrixRef, PartData};
 
 use crate::coded_factors::CodedFactors;
 use crate::factors::Factors;
-use crate::numerics::{SvdMethod, truncated_svd};
+use crate::numerics::truncated_svd;
 use crate::signs::{Signs, finite_sum};
-use crate::source::Less;
+use crate::source::{Less, take};
+use crate::svd_options::{SEED, SVD, svd_method};
 use crate::{Codec, DeltaLinear, DeltaSource, Kind, OptionSpec, Options, Result};
 
 /// Parts `sign` and `scale` as the codec `sign` has them. At a rank above 0, with coded
@@ -80,16 +81,8 @@ impl Codec for DqreloPlus {
                 doc: "bits per code of coded factors",
                 kind: Kind::Int { min: 1, max: 8, multiple_of: 1, default: 4 },
             },
-            OptionSpec {
-                name: "svd",
-                doc: "how the decomposition is computed",
-                kind: Kind::Choice(&["randomized", "full"]),
-            },
-            OptionSpec {
-                name: "seed",
-                doc: "of the randomized decomposition",
-                kind: Kind::Int { min: 0, max: 65535, multiple_of: 1, default: 0 },
-            },
+            SVD,
+            SEED,
         ]
     }
 
@@ -104,10 +97,7 @@ impl Codec for DqreloPlus {
     fn encode(&self, options: &Options, delta: &dyn DeltaSource) -> Result<EncodedDelta> {
         let shape = delta.shape();
         let layout = Layout::new(options, shape);
-        let method = match options.choice("svd") {
-            "full" => SvdMethod::Full,
-            _ => SvdMethod::Randomized { seed: options.int("seed") as u64 },
-        };
+        let method = svd_method(options);
         let product = |of: &dyn DeltaSource| -> Result<Product> {
             let svd = truncated_svd(of, layout.rank, method)?;
             Ok(match layout.factor_bits {
@@ -116,17 +106,11 @@ impl Codec for DqreloPlus {
             })
         };
         let signs = |product: &Product| {
-            let less = |rows: Range<usize>, weights: &mut [f32]| {
-                let mut taken = vec![0.0; weights.len()];
-                product.write_rows(rows, &mut taken);
-                weights.iter_mut().zip(&taken).for_each(|(w, taken)| *w = finite_sum(*w, -taken));
-            };
+            let less = |rows, weights: &mut [f32]| take(weights, |w| product.write_rows(rows, w));
             Signs::fit_measured(&Less { delta, taken: &less }, layout.shared_scale)
         };
         let product_beside = |signs: &Signs| {
-            let less = |rows: Range<usize>, weights: &mut [f32]| {
-                signs.visit(rows, weights, |w, taken| *w = finite_sum(*w, -taken));
-            };
+            let less = |rows, weights: &mut [f32]| signs.take_off(rows, weights);
             product(&Less { delta, taken: &less })
         };
 
