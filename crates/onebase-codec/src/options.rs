@@ -170,12 +170,16 @@ impl Options {
     }
 }
 
+impl Options {
+    /// Options as they are written, in their order.
+    pub(crate) fn text(options: &Map<String, Value>) -> String {
+        let written = options.iter().map(|(name, value)| format!("{name}={}", text(value)));
+        written.collect::<Vec<_>>().join(",")
+    }
+}
+
 impl fmt::Display for Options {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (i, (name, value)) in self.0.iter().enumerate() {
-            let comma = if i > 0 { "," } else { "" };
-            write!(f, "{comma}{name}={}", text(value))?;
-        }
-        Ok(())
+        f.write_str(&Self::text(&self.0))
     }
 }

@@ -52,6 +52,21 @@ impl CodecSpec {
         &self.options
     }
 
+    /// The codec with those of its options that are not at their defaults, and with
+    /// the first one, which says most: shorter than [`CodecSpec`]'s text, and read as
+    /// the same.
+    pub fn short(&self) -> String {
+        let mut options = self.options.to_json().clone();
+        for (index, option) in self.codec.options().iter().enumerate() {
+            if index > 0 && options.get(option.name) == Some(&option.default_value()) {
+                options.shift_remove(option.name);
+            }
+        }
+        let given = Options::text(&options);
+        let name = self.codec.name();
+        if given.is_empty() { name.to_owned() } else { format!("{name}:{given}") }
+    }
+
     /// [`Codec::claimed_bits`] with these options; 0 for a shape without weights.
     pub fn claimed_bits(&self, shape: [usize; 2]) -> f64 {
         if shape.contains(&0) { 0.0 } else { self.codec.claimed_bits(&self.options, shape) }

@@ -79,6 +79,8 @@ fn options_round_trip_through_text_and_manifest() {
     for spec in specs() {
         let again: CodecSpec = spec.to_string().parse().unwrap();
         assert_eq!(again.options(), spec.options(), "{spec}");
+        let short: CodecSpec = spec.short().parse().unwrap();
+        assert_eq!(short.to_string(), spec.to_string());
         let (name, version) = (spec.codec().name(), spec.codec().version());
         let record = CodecSpec::from_record(name, version, spec.options().to_json()).unwrap();
         assert_eq!(record.to_string(), spec.to_string());

@@ -60,7 +60,7 @@
 
   const css = (name) => getComputedStyle(root).getPropertyValue(name).trim();
   const bitsOf = (v, axis) => v[`effective_bpw_${axis}`];
-  const nameOf = (v) => (v.codec === "base" ? "base alone" : v.codec);
+  const nameOf = (v) => v.label;
 
   // ---- the charts -------------------------------------------------------------
 
@@ -394,7 +394,7 @@
       td.classList.toggle("none", !isNum(e));
       td.style.setProperty("--e", isNum(e) && high > low ? (e - low) / (high - low) : 0);
     });
-    byId("heat-name").textContent = v.codec;
+    byId("heat-name").textContent = v.label;
     byId("heat-space").textContent = state.heatSpace;
     byId("heat-lo").textContent = num(low, 2);
     byId("heat-hi").textContent = num(high, 2);

@@ -202,6 +202,8 @@ pub struct MeasuredText {
 pub struct Variant {
     /// The codec with its options, or `base`.
     pub codec: String,
+    /// The same with those of its options that say something.
+    pub label: String,
     /// The codec.
     pub name: String,
     /// Whether every comparison holds it.
@@ -336,7 +338,7 @@ pub fn compare(
         .map(|((spec, baseline), target)| {
             let tables = plan.tables.clone().unwrap_or_else(|| TablePlan::Codec(spec.clone()));
             let cost = compressor(spec, &tables, &target)
-                .map_err(|source| Error::Compressor { codec: spec.to_string(), source })?;
+                .map_err(|source| Error::Compressor { codec: spec.short(), source })?;
             watcher.advance(1);
             let artifact = Artifact::open(&target)?;
             Ok(Encoded { spec: spec.clone(), baseline: *baseline, artifact, cost })
@@ -346,7 +348,7 @@ pub fn compare(
     for encoded in &encoded {
         let tenant = Tenant::load(&base, &encoded.artifact)?;
         let subject = Subject { model: &base, tenant: Some(&tenant) };
-        measured.push(ruler.measure(&encoded.spec.to_string(), subject, watcher)?);
+        measured.push(ruler.measure(&encoded.spec.short(), subject, watcher)?);
     }
 
     let on = tokens.as_ref().map(|tokens| Calibration { model: &finetune, tokens });
@@ -489,6 +491,7 @@ impl Variant {
     fn base(measurement: Measurement, has_outputs: bool) -> Self {
         Self {
             codec: BASE.to_owned(),
+            label: "base alone".to_owned(),
             name: BASE.to_owned(),
             baseline: true,
             bytes: 0,
@@ -531,6 +534,7 @@ impl Variant {
         let finetune_bpw = 8.0 * finetune.size_bytes() as f64 / finetune.n_weights().max(1) as f64;
         Self {
             codec: encoded.spec.to_string(),
+            label: encoded.spec.short(),
             name: encoded.spec.codec().name().to_owned(),
             baseline: encoded.baseline,
             bytes: sizes.total_bytes,

@@ -28,7 +28,7 @@ fn the_whole_way_for_people() {
     let place = Place::new();
     let (base, out, back) = (arg("base"), place.text("a"), place.text("r"));
     let run = place.compress("math", "rtn", "a");
-    for text in ["math", "effective bits per weight", "rtn:bits=4,group_size=128", "size on disk"] {
+    for text in ["math", "effective bits per weight", "rtn:bits=4", "size on disk"] {
         assert!(run.stdout.contains(text), "{text}: {}", run.stdout);
     }
     assert_eq!(run.stderr, "", "no progress where nobody watches");

@@ -183,7 +183,7 @@ fn row(variant: &Variant) -> Vec<String> {
     let optional = |value: Option<f64>| value.map_or_else(|| "–".to_owned(), number);
     let ratio = |value: Option<f64>| value.map_or_else(|| "–".to_owned(), |r| format!("{r:.2}x"));
     let mut cells = vec![
-        variant.codec.clone(),
+        variant.label.clone(),
         bytes(variant.bytes),
         format!("{:.3}", variant.effective_bpw_linear),
         format!("{:.3}", variant.effective_bpw_total),

@@ -130,7 +130,7 @@ fn ask(model: &Model, text: &TextModel, out: &Path) -> anyhow::Result<Vec<Value>
         .zip(codecs.iter().cycle().skip(1))
         .map(|(fine_tune, codec)| {
             let artifact = Artifact::open(&artifact_dir(out, fine_tune, codec))?;
-            let name = format!("{fine_tune} ({codec})");
+            let name = format!("{fine_tune} ({})", codec.short());
             Ok((name, Tenant::load(model, &artifact)?))
         })
         .collect::<anyhow::Result<Vec<_>>>()?;
@@ -163,8 +163,9 @@ fn ask(model: &Model, text: &TextModel, out: &Path) -> anyhow::Result<Vec<Value>
 }
 
 fn print(rows: &[Row], answers: &[Value], seconds: f64, output: &Output) -> anyhow::Result<()> {
-    let name = |row: &Row| match &row.codec {
-        Some(codec) => codec.to_string(),
+    let name = |row: &Row, full: bool| match &row.codec {
+        Some(codec) if full => codec.to_string(),
+        Some(codec) => codec.short(),
         None if row.bytes == 0 => "(base)".to_owned(),
         None => "(uncompressed)".to_owned(),
     };
@@ -173,7 +174,7 @@ fn print(rows: &[Row], answers: &[Value], seconds: f64, output: &Output) -> anyh
         .map(|row| {
             json!({
                 "fine_tune": row.fine_tune,
-                "codec": name(row),
+                "codec": name(row, true),
                 "bytes": row.bytes,
                 "effective_bpw_linear": row.sizes.map(|s| s.effective_bpw_linear()),
                 "effective_bpw_total": row.sizes.map(|s| s.effective_bpw_total()),
@@ -190,7 +191,7 @@ fn print(rows: &[Row], answers: &[Value], seconds: f64, output: &Output) -> anyh
                 let bits = |bits: Option<f64>| bits.map_or_else(String::new, |b| format!("{b:.2}"));
                 vec![
                     row.fine_tune.to_owned(),
-                    name(row),
+                    name(row, false),
                     if row.bytes == 0 { String::new() } else { bytes(row.bytes) },
                     bits(row.sizes.map(|s| s.effective_bpw_linear())),
                     bits(row.sizes.map(|s| s.effective_bpw_total())),

@@ -97,7 +97,7 @@ fn stored_as(manifest: &Manifest, storage: &Storage) -> String {
 /// program does not know it.
 fn describe(codec: &CodecRecord) -> String {
     let spec = CodecSpec::from_record(&codec.name, codec.version, &codec.options);
-    spec.map_or_else(|_| codec.name.clone(), |spec| spec.to_string())
+    spec.map_or_else(|_| codec.name.clone(), |spec| spec.short())
 }
 
 fn tensor_table(manifest: &Manifest) -> String {
