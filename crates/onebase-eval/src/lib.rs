@@ -9,10 +9,12 @@
 
 mod activations;
 mod compare;
+mod comparison;
 mod deviation;
 mod error;
 mod ideal;
 mod limit;
+mod plan;
 
 mod prepared;
 mod reference;
@@ -24,11 +26,12 @@ mod skill;
 mod spectrum;
 mod task;
 
-pub use compare::{
-    AboveLimit, Comparison, Compressor, Cost, Ideal, Input, LimitLines, LimitPoint, MeasuredText,
-    Plan, TaskLevel, Variant, compare,
+pub use compare::{Compressor, Cost, Input, compare};
+pub use comparison::{
+    AboveLimit, Comparison, Ideal, LimitLines, LimitPoint, MeasuredText, TaskLevel, Variant,
 };
 pub use error::Error;
+pub use plan::Plan;
 pub use reference::check_reference;
 pub use ruler::{Measurement, Ruler, Sample, Speed, Tests};
 pub use sequences::Subject;

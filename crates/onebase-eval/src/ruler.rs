@@ -224,6 +224,11 @@ impl<'a> Ruler<'a> {
         &self.notes
     }
 
+    /// The seed of the intervals.
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
     /// How fast the base and the fine-tune answered.
     pub fn speed(&self) -> [Speed; 2] {
         [self.base_speed, self.finetune_speed]
