@@ -63,7 +63,7 @@ impl Plan {
             return Ok(());
         }
         let separator = if text.contains(':') { ',' } else { ':' };
-        let mut refused = None;
+        let mut refused = Vec::new();
         let mut n_planned = 0;
         for bits in bits {
             match format!("{text}{separator}{BITS}={bits}").parse() {
@@ -73,15 +73,21 @@ impl Plan {
                 }
                 // A whole number of bits, or a range.
                 Err(error @ CodecError::BadOption { .. }) => {
-                    self.notes
-                        .push(format!("Left out: {text} at {bits} bits per weight ({error})."));
-                    refused = Some(error);
+                    refused.push((bits.to_string(), error));
                 }
                 Err(error) => return Err(error.into()),
             }
         }
-        match refused {
-            Some(error) if n_planned == 0 && !baseline => Err(error.into()),
+        if n_planned > 0 {
+            if !refused.is_empty() {
+                let sizes: Vec<&str> = refused.iter().map(|(bits, _)| bits.as_str()).collect();
+                let sizes = sizes.join(", ");
+                self.notes.push(format!("{text} cannot have {sizes} bits per weight."));
+            }
+            return Ok(());
+        }
+        match refused.into_iter().next() {
+            Some((_, error)) if !baseline => Err(error.into()),
             _ => Ok(()),
         }
     }
