@@ -138,7 +138,7 @@ pub fn compare(
         n_weights: pair.specs().iter().map(n_elements).sum(),
         n_weights_linear,
         seed: ruler.seed(),
-        notes: [ruler.notes(), &plan.notes].concat(),
+        notes: ruler.notes().iter().cloned().chain(plan.note()).collect(),
         tasks: anchors.tasks.into_iter().map(level).collect(),
         text,
         calibration: input.calibration.zip(tokens).map(|(text, tokens)| CalibrationRecord {

@@ -28,8 +28,8 @@ pub struct Plan {
     pub(crate) tables: Option<TablePlan>,
     /// Bits per weight at which a code on the limit line is simulated.
     pub(crate) ideal: Vec<f64>,
-    /// Sizes that codecs cannot have, for the reader.
-    pub(crate) notes: Vec<String>,
+    /// Sizes that codecs cannot have.
+    left_out: Vec<String>,
 }
 
 impl Plan {
@@ -43,7 +43,8 @@ impl Plan {
     /// When a codec or an option is unknown, or one that was asked for can have none of
     /// the sizes.
     pub fn new(codecs: &[String], bits: &[f64], tables: Option<TablePlan>) -> Result<Self> {
-        let mut plan = Self { codecs: Vec::new(), tables, ideal: bits.to_vec(), notes: Vec::new() };
+        let mut plan =
+            Self { codecs: Vec::new(), tables, ideal: bits.to_vec(), left_out: Vec::new() };
         for text in BASELINES {
             plan.add(text, &[], true)?;
         }
@@ -82,7 +83,7 @@ impl Plan {
             if !refused.is_empty() {
                 let sizes: Vec<&str> = refused.iter().map(|(bits, _)| bits.as_str()).collect();
                 let sizes = sizes.join(", ");
-                self.notes.push(format!("{text} cannot have {sizes} bits per weight."));
+                self.left_out.push(format!("{text} at {sizes}"));
             }
             return Ok(());
         }
@@ -103,6 +104,14 @@ impl Plan {
     pub fn without_ideal(mut self) -> Self {
         self.ideal.clear();
         self
+    }
+
+    /// What a reader must know of it.
+    pub(crate) fn note(&self) -> Option<String> {
+        let left_out = self.left_out.join(", no ");
+        let note =
+            || format!("Not every codec can have every size: no {left_out} bits per weight.");
+        (!self.left_out.is_empty()).then(note)
     }
 
     /// The codecs with their options, in the order in which they are run.
