@@ -1,7 +1,7 @@
 //! The ruler: how much of a fine-tune's skill is left in a compressed delta, and
 //! at what size.
 //!
-//! A [`Ruler`] holds a base, a fine-tune, tests with exact answers and a text. It
+//! A [`Ruler`] holds a base, a fine-tune, questions with exact answers and a text. It
 //! is made once and measures any number of tenants, so that every codec is judged
 //! alike. [`compare`] sweeps codecs over sizes and [`Comparison::html`] draws the
 //! result beside the limit line, the least error that a code of each size could
@@ -15,7 +15,6 @@ mod error;
 mod ideal;
 mod limit;
 mod plan;
-
 mod prepared;
 mod reference;
 mod report;

@@ -57,8 +57,9 @@ impl Plan {
 
     fn add(&mut self, text: &str, bits: &[f64], baseline: bool) -> Result<()> {
         let spec: CodecSpec = text.parse()?;
-        let swept = spec.codec().options().iter().any(|o| o.name == BITS)
-            && !text.contains(&format!("{BITS}="));
+        let (_, given) = text.split_once(':').unwrap_or((text, ""));
+        let is_given = given.split(',').any(|pair| pair.split('=').next() == Some(BITS));
+        let swept = !is_given && spec.codec().options().iter().any(|o| o.name == BITS);
         if !swept {
             self.push(spec, baseline);
             return Ok(());
@@ -161,6 +162,14 @@ mod tests {
                 "dense:dtype=f32",
             ]
         );
+    }
+
+    #[test]
+    fn an_option_whose_name_ends_alike_is_no_size() {
+        let more = planned(&["dqrelo-plus:factor_bits=3"], &[1.5, 2.0]).split_off(7);
+        let sizes: Vec<&str> = more.iter().map(|c| c.split(',').next().unwrap()).collect();
+        assert_eq!(sizes, ["dqrelo-plus:bits=1.5", "dqrelo-plus:bits=2"]);
+        assert!(more.iter().all(|codec| codec.contains("factor_bits=3")), "{more:?}");
     }
 
     #[test]

@@ -1,14 +1,16 @@
 //! Standard output, standard error, progress.
 
 use std::io::{IsTerminal, Write};
+use std::path::Path;
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use indicatif::{ProgressBar, ProgressStyle};
 use onebase_compress::Progress;
 use onebase_eval::Watcher;
+use onebase_format::write_file;
 use serde::Serialize;
 
 /// Where results go: text for people, or one JSON object.
@@ -203,6 +205,20 @@ pub(crate) fn table(header: &[&str], n_left: usize, rows: Vec<Vec<String>>) -> T
 /// A number of bytes for people.
 pub(crate) fn bytes(n: u64) -> String {
     indicatif::DecimalBytes(n).to_string()
+}
+
+/// Checks that a file can be written, before the work whose result it is for. One
+/// that is there stays as it is.
+pub(crate) fn can_be_written(path: &Path) -> anyhow::Result<()> {
+    if path.is_dir() {
+        bail!("{} is a folder, expected a file to write", path.display());
+    }
+    if !path.exists() {
+        write_file(path, b"")?;
+        let gone = std::fs::remove_file(path);
+        gone.with_context(|| format!("cannot remove {}", path.display()))?;
+    }
+    Ok(())
 }
 
 /// A share for people.

@@ -263,6 +263,13 @@ fn samples_show_what_was_replied() {
         assert_eq!(line["right"][1], json!(right), "{line}");
         assert!(line["base"].is_string() && line["compressed"].is_string());
     }
+    // A run that fails leaves those of an earlier one.
+    let empty = write(&place, "empty.jsonl", "");
+    eval(&place.text("a"), &["--tasks", &empty, "--samples", &samples]).exits(1);
+    let long = format!("{{\"prompt\": \"a\", \"answer\": \"{}\"}}", "a b ".repeat(900));
+    let long = write(&place, "long.jsonl", &long);
+    eval(&place.text("a"), &["--tasks", &long, "--samples", &samples]).exits(1);
+    assert_eq!(std::fs::read_to_string(&samples).unwrap(), text);
 }
 
 #[test]

@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use crate::args::{Args, CompareArgs};
 use crate::commands::eval::skill;
-use crate::output::{Output, Stages, bytes, number, table};
+use crate::output::{Output, Stages, bytes, can_be_written, number, table};
 
 pub(crate) fn run(args: &CompareArgs, output: &Output) -> anyhow::Result<()> {
     let data_path = data_path(&args.out);
@@ -109,17 +109,8 @@ fn check_writable(report: &Path, data: &Path) -> anyhow::Result<()> {
             data.display()
         );
     }
-    for path in [report, data] {
-        if path.is_dir() {
-            bail!("{} is a folder, expected a file to write", path.display());
-        }
-        if !path.exists() {
-            write_file(path, b"")?;
-            std::fs::remove_file(path)
-                .with_context(|| format!("cannot remove {}", path.display()))?;
-        }
-    }
-    Ok(())
+    can_be_written(report)?;
+    can_be_written(data)
 }
 
 /// Compresses in a process of its own, whose time and memory are those of
@@ -135,7 +126,10 @@ fn compress_apart(
         .args(["compress", "--json", "--threads", &rayon::current_num_threads().to_string()])
         .args(["--codec", &codec.to_string(), "--embeddings", &tables.to_string()])
         .arg("--out")
-        .args([target, &args.base, &args.fine_tune])
+        .arg(target)
+        // Whatever a folder is called, it is no option.
+        .arg("--")
+        .args([&args.base, &args.fine_tune])
         .stdin(Stdio::null())
         .output()
         .context("cannot start a process")?;

@@ -14,7 +14,7 @@ use onebase_model::{Model, Tenant};
 use serde_json::{Value, json};
 
 use crate::args::{EvalArgs, MeasureArgs};
-use crate::output::{Output, Stages, bytes, number, percent, table};
+use crate::output::{Output, Stages, bytes, can_be_written, number, percent, table};
 
 pub(crate) fn run(args: &EvalArgs, output: &Output) -> anyhow::Result<()> {
     let start = Instant::now();
@@ -29,8 +29,7 @@ pub(crate) fn run(args: &EvalArgs, output: &Output) -> anyhow::Result<()> {
         check_reference(artifact, pair.fine_tune())?;
     }
     if let Some(path) = &args.samples {
-        // Before the questions are asked.
-        write_file(path, b"")?;
+        can_be_written(path)?;
     }
     let base = Model::load(Checkpoint::open(&args.base)?)?;
     let tenant = artifact.as_ref().map(|artifact| Tenant::load(&base, artifact)).transpose()?;
