@@ -1,7 +1,7 @@
 use std::ops::Range;
 
 use onebase_kernels::Backend;
-use onebase_tensor::{EncodedDelta, MatrixMut, MatrixRef};
+use onebase_tensor::{EncodedDelta, MatrixMut, MatrixRef, PartSpec};
 
 use crate::{DeltaSource, OptionSpec, Options, Result};
 
@@ -25,6 +25,14 @@ pub trait Codec: Sync {
     ///
     /// Reports print it beside the size on disk, which is what a delta costs.
     fn claimed_bits(&self, options: &Options, shape: [usize; 2]) -> f64;
+
+    /// The parts that a delta of this shape `[out_features, in_features]` has once it is
+    /// encoded; `None` where they depend on the delta.
+    fn parts(&self, options: &Options, shape: [usize; 2]) -> Option<Vec<PartSpec>>;
+
+    /// The most bytes that encoding a delta of this shape holds at a time, its parts
+    /// included, beside the blocks that are being read.
+    fn working_bytes(&self, options: &Options, shape: [usize; 2]) -> usize;
 
     /// Encodes a delta `[out_features, in_features]`.
     ///

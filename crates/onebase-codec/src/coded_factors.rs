@@ -2,7 +2,7 @@ use std::ops::Range;
 
 use half::bf16;
 use onebase_kernels::{Backend, LowBit, plane_bytes};
-use onebase_tensor::{MatrixMut, MatrixRef, PartData, saturating_bf16};
+use onebase_tensor::{DType, MatrixMut, MatrixRef, PartData, PartSpec, saturating_bf16};
 
 use crate::factors::write_product;
 use crate::numerics::Truncated;
@@ -85,9 +85,18 @@ impl CodedFactors {
         ]
     }
 
+    /// The parts that hold factors of some rank.
+    pub(crate) fn parts([n_rows, n_cols]: [usize; 2], bits: usize, rank: usize) -> [PartSpec; 3] {
+        [
+            PartSpec::new("u", DType::U8, [n_rows, bits, plane_bytes(rank)]),
+            PartSpec::new("v", DType::U8, [rank, bits, plane_bytes(n_cols)]),
+            PartSpec::new("pair_scale", DType::BF16, [rank]),
+        ]
+    }
+
     /// Bytes of the parts of factors of some rank.
-    pub(crate) fn size_bytes([n_rows, n_cols]: [usize; 2], bits: usize, rank: usize) -> usize {
-        n_rows * bits * plane_bytes(rank) + rank * (bits * plane_bytes(n_cols) + size_of::<bf16>())
+    pub(crate) fn size_bytes(shape: [usize; 2], bits: usize, rank: usize) -> usize {
+        Self::parts(shape, bits, rank).iter().map(PartSpec::size_bytes).sum()
     }
 
     /// `y += x Δᵀ`, as [`crate::DeltaLinear::add_to`].

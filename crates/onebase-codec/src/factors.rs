@@ -2,7 +2,7 @@ use std::ops::Range;
 
 use half::bf16;
 use onebase_kernels::Backend;
-use onebase_tensor::{MatrixMut, MatrixRef, PartData, WeightRef, saturating_bf16};
+use onebase_tensor::{DType, MatrixMut, MatrixRef, PartData, PartSpec, WeightRef, saturating_bf16};
 
 use crate::numerics::Truncated;
 
@@ -43,6 +43,14 @@ impl Factors {
         }
         let v = svd.v.iter().enumerate().map(|(i, v)| round(*v, roots[i / n_cols])).collect();
         Self { shape, rank, u, v }
+    }
+
+    /// What [`Factors::into_data`] gives for a matrix of this shape.
+    pub(crate) fn parts([n_rows, n_cols]: [usize; 2], rank: usize) -> [PartSpec; 2] {
+        [
+            PartSpec::new("u", DType::BF16, [n_rows, rank]),
+            PartSpec::new("v", DType::BF16, [rank, n_cols]),
+        ]
     }
 
     /// The elements of `u` and `v`.

@@ -2,7 +2,7 @@ use std::ops::Range;
 
 use half::bf16;
 use onebase_kernels::{Backend, Sign, plane_bytes};
-use onebase_tensor::{MatrixMut, MatrixRef, PartData, saturating_bf16};
+use onebase_tensor::{DType, MatrixMut, MatrixRef, PartData, PartSpec, saturating_bf16};
 
 use crate::{DeltaSource, Result, for_each_block};
 
@@ -63,6 +63,22 @@ impl Signs {
         });
         let lost = lost.sum();
         Ok((Self { shape, bits, scale, shared }, lost))
+    }
+
+    /// What [`Signs::into_data`] gives for a matrix of this shape.
+    pub(crate) fn parts([n_rows, n_cols]: [usize; 2], shared: bool) -> [PartSpec; 2] {
+        let scale = if shared {
+            PartSpec::new("scale", DType::F32, [1])
+        } else {
+            PartSpec::new("scale", DType::BF16, [n_rows])
+        };
+        [scale, PartSpec::new("sign", DType::U8, [n_rows, plane_bytes(n_cols)])]
+    }
+
+    /// Bytes that fitting signs holds: bits, two sums and a scale for each row, and the
+    /// scales that are stored.
+    pub(crate) fn working_bytes([n_rows, n_cols]: [usize; 2]) -> usize {
+        n_rows * (plane_bytes(n_cols) + 2 * size_of::<f64>() + 2 * size_of::<f32>())
     }
 
     /// Signs with a scale for each row.

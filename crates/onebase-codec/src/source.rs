@@ -71,6 +71,12 @@ pub fn for_each_block<C: Send, S: Send>(
     })
 }
 
+/// Bytes of the blocks that threads hold while they read a delta: weights of both sides
+/// and the difference, and a piece that is taken off it.
+pub(crate) fn reading_bytes([_, n_cols]: [usize; 2], n_threads: usize) -> usize {
+    n_threads * BLOCK_WEIGHTS.max(n_cols) * 6 * size_of::<f32>()
+}
+
 /// Reads rows of a delta, `[rows.len(), in_features]`.
 ///
 /// # Errors

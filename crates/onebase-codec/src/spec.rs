@@ -1,10 +1,14 @@
 use std::fmt;
 use std::str::FromStr;
 
-use onebase_tensor::EncodedDelta;
+use onebase_tensor::{EncodedDelta, PartSpec};
 use serde_json::{Map, Value};
 
-use crate::{CODECS, Codec, DeltaLinear, DeltaSource, Error, Options, Result};
+use crate::source::reading_bytes;
+use crate::{CODECS, Codec, DeltaLinear, DeltaSource, Error, OptionSpec, Options, Result};
+
+/// The option by which codecs say how many bits a weight may take.
+const SIZE_OPTION: &str = "bits";
 
 /// A codec with its options, written `name` or `name:option=value,option=value`.
 #[derive(Clone)]
@@ -70,6 +74,40 @@ impl CodecSpec {
     /// [`Codec::claimed_bits`] with these options; 0 for a shape without weights.
     pub fn claimed_bits(&self, shape: [usize; 2]) -> f64 {
         if shape.contains(&0) { 0.0 } else { self.codec.claimed_bits(&self.options, shape) }
+    }
+
+    /// [`Codec::parts`] with these options, in the order of their names.
+    pub fn parts(&self, shape: [usize; 2]) -> Option<Vec<PartSpec>> {
+        let mut parts = self.codec.parts(&self.options, shape)?;
+        parts.sort_by_key(|part| part.name);
+        Some(parts)
+    }
+
+    /// [`Codec::working_bytes`] with these options, and the blocks that are read by as
+    /// many threads.
+    pub fn working_bytes(&self, shape: [usize; 2], n_threads: usize) -> usize {
+        self.codec.working_bytes(&self.options, shape) + reading_bytes(shape, n_threads)
+    }
+
+    /// The option by which the codec says how large it is, if it has one.
+    pub fn size_option(&self) -> Option<&'static OptionSpec> {
+        self.codec.options().iter().find(|option| option.name == SIZE_OPTION)
+    }
+
+    /// The same codec at another value of an option.
+    ///
+    /// # Errors
+    /// When it has no such option or the value is bad.
+    pub fn with(&self, option: &str, value: Value) -> Result<Self> {
+        let mut options = self.options.to_json().clone();
+        options.insert(option.to_owned(), value);
+        Self::new(self.codec.name(), &options)
+    }
+
+    /// Whether a codec's text gives an option.
+    pub fn gives(text: &str, option: &str) -> bool {
+        let (_, given) = text.split_once(':').unwrap_or((text, ""));
+        given.split(',').any(|pair| pair.split('=').next() == Some(option))
     }
 
     /// [`Codec::encode`] with these options.

@@ -246,6 +246,21 @@ fn size_is_the_bytes_that_are_written() {
     }
 }
 
+/// Budgets are met by what a codec says before it has seen a weight.
+#[test]
+fn parts_are_those_that_were_said() {
+    for spec in specs() {
+        for shape @ [rows, cols] in SHAPES {
+            let Some(said) = spec.parts(shape) else { continue };
+            let delta = encode(&spec, &gaussian("w", rows * cols, 0.01), shape);
+            let got: Vec<_> = delta.parts.iter().map(|(n, p)| (n.as_str(), p)).collect();
+            let got = got.into_iter().map(|(n, p)| (n, p.dtype(), p.shape().to_vec()));
+            let said = said.into_iter().map(|p| (p.name, p.dtype, p.shape));
+            assert!(got.eq(said), "{spec} {shape:?}");
+        }
+    }
+}
+
 /// The claim counts a part of the bytes that are written, never more.
 #[test]
 fn claimed_bits_are_not_above_the_bits_of_the_parts() {

@@ -16,9 +16,6 @@ const BASELINES: [&str; 5] = [
 /// The baseline that is swept over the sizes asked for.
 const SWEPT_BASELINE: &str = "low-rank";
 
-/// The option by which codecs say how many bits a weight may take.
-const BITS: &str = "bits";
-
 /// What is compared, in which order.
 #[derive(Clone, Debug)]
 pub struct Plan {
@@ -57,18 +54,16 @@ impl Plan {
 
     fn add(&mut self, text: &str, bits: &[f64], baseline: bool) -> Result<()> {
         let spec: CodecSpec = text.parse()?;
-        let (_, given) = text.split_once(':').unwrap_or((text, ""));
-        let is_given = given.split(',').any(|pair| pair.split('=').next() == Some(BITS));
-        let swept = !is_given && spec.codec().options().iter().any(|o| o.name == BITS);
-        if !swept {
+        let size = spec.size_option().filter(|option| !CodecSpec::gives(text, option.name));
+        let Some(size) = size else {
             self.push(spec, baseline);
             return Ok(());
-        }
+        };
         let separator = if text.contains(':') { ',' } else { ':' };
         let mut refused = Vec::new();
         let mut n_planned = 0;
         for bits in bits {
-            match format!("{text}{separator}{BITS}={bits}").parse() {
+            match format!("{text}{separator}{}={bits}", size.name).parse() {
                 Ok(spec) => {
                     self.push(spec, baseline);
                     n_planned += 1;

@@ -120,6 +120,29 @@ impl Part {
     }
 }
 
+/// What a part will be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PartSpec {
+    /// Its name.
+    pub name: &'static str,
+    /// Its element type.
+    pub dtype: DType,
+    /// Its shape, outermost dimension first.
+    pub shape: Vec<usize>,
+}
+
+impl PartSpec {
+    /// A part of this name, type and shape.
+    pub fn new<const N: usize>(name: &'static str, dtype: DType, shape: [usize; N]) -> Self {
+        Self { name, dtype, shape: shape.to_vec() }
+    }
+
+    /// Bytes of the part.
+    pub fn size_bytes(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.dtype.size_bytes()
+    }
+}
+
 /// One delta as a codec wrote it: the shape `[out_features, in_features]` it
 /// decodes to, and its named parts.
 #[derive(Clone, Debug, PartialEq)]

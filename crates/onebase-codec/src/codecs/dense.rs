@@ -9,7 +9,9 @@ use std::ops::Range;
 
 use half::bf16;
 use onebase_kernels::Backend;
-use onebase_tensor::{EncodedDelta, MatrixMut, MatrixRef, PartData, WeightRef, saturating_bf16};
+use onebase_tensor::{
+    DType, EncodedDelta, MatrixMut, MatrixRef, PartData, PartSpec, WeightRef, saturating_bf16,
+};
 
 use crate::{Codec, DeltaLinear, DeltaSource, Kind, OptionSpec, Options, Result, for_each_block};
 
@@ -39,6 +41,16 @@ impl Codec for Dense {
 
     fn claimed_bits(&self, options: &Options, _: [usize; 2]) -> f64 {
         if options.choice("dtype") == "bf16" { 16.0 } else { 32.0 }
+    }
+
+    fn parts(&self, options: &Options, shape: [usize; 2]) -> Option<Vec<PartSpec>> {
+        let dtype = if options.choice("dtype") == "bf16" { DType::BF16 } else { DType::F32 };
+        Some(vec![PartSpec::new("delta", dtype, shape)])
+    }
+
+    fn working_bytes(&self, options: &Options, [n_rows, n_cols]: [usize; 2]) -> usize {
+        let element = if options.choice("dtype") == "bf16" { 2 } else { 4 };
+        element * n_rows * n_cols
     }
 
     fn encode(&self, options: &Options, delta: &dyn DeltaSource) -> Result<EncodedDelta> {

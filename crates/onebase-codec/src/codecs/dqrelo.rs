@@ -18,10 +18,10 @@
 use std::ops::Range;
 
 use onebase_kernels::{Backend, plane_bytes};
-use onebase_tensor::{EncodedDelta, MatrixMut, MatrixRef};
+use onebase_tensor::{EncodedDelta, MatrixMut, MatrixRef, PartSpec};
 
 use crate::factors::Factors;
-use crate::numerics::truncated_svd;
+use crate::numerics::{truncated_svd, truncated_svd_bytes};
 use crate::signs::{Signs, finite_sum};
 use crate::source::{Less, take};
 use crate::svd_options::{SEED, SVD, svd_method};
@@ -67,6 +67,22 @@ impl Codec for Dqrelo {
     fn claimed_bits(&self, options: &Options, shape: [usize; 2]) -> f64 {
         let [m, n] = shape.map(|n| n as f64);
         1.0 + 16.0 * rank(options, shape) as f64 * (m + n) / (m * n)
+    }
+
+    fn parts(&self, options: &Options, shape: [usize; 2]) -> Option<Vec<PartSpec>> {
+        let mut parts = Signs::parts(shape, true).to_vec();
+        let rank = rank(options, shape);
+        if rank > 0 {
+            parts.extend(Factors::parts(shape, rank));
+        }
+        Some(parts)
+    }
+
+    fn working_bytes(&self, options: &Options, shape: [usize; 2]) -> usize {
+        let rank = rank(options, shape);
+        let factors: usize = Factors::parts(shape, rank).iter().map(PartSpec::size_bytes).sum();
+        let svd = truncated_svd_bytes(shape, rank, svd_method(options));
+        Signs::working_bytes(shape) + factors + svd
     }
 
     fn encode(&self, options: &Options, delta: &dyn DeltaSource) -> Result<EncodedDelta> {

@@ -18,11 +18,11 @@
 use std::ops::Range;
 
 use onebase_kernels::{Backend, plane_bytes};
-use onebase_tensor::{EncodedDelta, MatrixMut, MatrixRef, PartData};
+use onebase_tensor::{EncodedDelta, MatrixMut, MatrixRef, PartData, PartSpec};
 
 use crate::coded_factors::CodedFactors;
 use crate::factors::Factors;
-use crate::numerics::truncated_svd;
+use crate::numerics::{truncated_svd, truncated_svd_bytes};
 use crate::signs::{Signs, finite_sum};
 use crate::source::{Less, take};
 use crate::svd_options::{SEED, SVD, svd_method};
@@ -92,6 +92,18 @@ impl Codec for DqreloPlus {
         let layout = Layout::new(options, shape);
         let element_bits = layout.factor_bits.unwrap_or(16) as f64;
         1.0 + element_bits * layout.rank as f64 * (m + n) / (m * n)
+    }
+
+    fn parts(&self, options: &Options, shape: [usize; 2]) -> Option<Vec<PartSpec>> {
+        Some(Layout::new(options, shape).parts())
+    }
+
+    fn working_bytes(&self, options: &Options, shape: [usize; 2]) -> usize {
+        let layout = Layout::new(options, shape);
+        let parts: usize = layout.parts().iter().map(PartSpec::size_bytes).sum();
+        // The best so far, the next signs and the next product.
+        let fits = 3 * parts + 2 * Signs::working_bytes(shape);
+        fits + truncated_svd_bytes(shape, layout.rank, svd_method(options))
     }
 
     fn encode(&self, options: &Options, delta: &dyn DeltaSource) -> Result<EncodedDelta> {
@@ -201,6 +213,16 @@ impl Layout {
             if fixed + size(middle) <= allowed { rank = middle } else { above = middle }
         }
         Self { shape, shared_scale, factor_bits, rank }
+    }
+
+    fn parts(&self) -> Vec<PartSpec> {
+        let mut parts = Signs::parts(self.shape, self.shared_scale).to_vec();
+        match self.factor_bits {
+            _ if self.rank == 0 => {}
+            Some(bits) => parts.extend(CodedFactors::parts(self.shape, bits, self.rank)),
+            None => parts.extend(Factors::parts(self.shape, self.rank)),
+        }
+        parts
     }
 
     fn encoded(&self, signs: Signs, product: Product) -> EncodedDelta {

@@ -15,10 +15,10 @@
 use std::ops::Range;
 
 use onebase_kernels::Backend;
-use onebase_tensor::{EncodedDelta, MatrixMut, MatrixRef};
+use onebase_tensor::{EncodedDelta, MatrixMut, MatrixRef, PartSpec};
 
 use crate::factors::Factors;
-use crate::numerics::{SvdMethod, truncated_svd};
+use crate::numerics::{SvdMethod, truncated_svd, truncated_svd_bytes};
 use crate::{Codec, DeltaLinear, DeltaSource, Kind, OptionSpec, Options, Result};
 
 /// `Δ ≈ u v`. Part `u`: `[out_features, rank]`, BF16; part `v`:
@@ -51,6 +51,16 @@ impl Codec for LowRank {
     fn claimed_bits(&self, options: &Options, shape: [usize; 2]) -> f64 {
         let [m, n] = shape.map(|n| n as f64);
         16.0 * rank(options, shape) as f64 * (m + n) / (m * n)
+    }
+
+    fn parts(&self, options: &Options, shape: [usize; 2]) -> Option<Vec<PartSpec>> {
+        Some(Factors::parts(shape, rank(options, shape)).to_vec())
+    }
+
+    fn working_bytes(&self, options: &Options, shape: [usize; 2]) -> usize {
+        let rank = rank(options, shape);
+        let factors: usize = Factors::parts(shape, rank).iter().map(PartSpec::size_bytes).sum();
+        factors + truncated_svd_bytes(shape, rank, SvdMethod::Full)
     }
 
     fn encode(&self, options: &Options, delta: &dyn DeltaSource) -> Result<EncodedDelta> {

@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use half::bf16;
 use onebase_kernels::{Backend, LowBit, plane_bytes};
-use onebase_tensor::{EncodedDelta, MatrixMut, MatrixRef, PartData};
+use onebase_tensor::{DType, EncodedDelta, MatrixMut, MatrixRef, PartData, PartSpec};
 
 use crate::{Codec, DeltaLinear, DeltaSource, Kind, OptionSpec, Options, Result, for_each_block};
 
@@ -50,6 +50,19 @@ impl Codec for Rtn {
     #[allow(clippy::cast_precision_loss)]
     fn claimed_bits(&self, options: &Options, _: [usize; 2]) -> f64 {
         options.int("bits") as f64
+    }
+
+    fn parts(&self, options: &Options, shape: [usize; 2]) -> Option<Vec<PartSpec>> {
+        let layout = Layout::new(options, shape);
+        Some(vec![
+            PartSpec::new("codes", DType::U8, layout.codes_shape()),
+            PartSpec::new("scale", DType::BF16, layout.scale_shape()),
+        ])
+    }
+
+    fn working_bytes(&self, options: &Options, shape: [usize; 2]) -> usize {
+        let layout = Layout::new(options, shape);
+        shape[0] * (layout.row_bytes() + layout.n_groups() * size_of::<bf16>())
     }
 
     fn encode(&self, options: &Options, delta: &dyn DeltaSource) -> Result<EncodedDelta> {

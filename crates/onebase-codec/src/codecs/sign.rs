@@ -9,7 +9,7 @@
 use std::ops::Range;
 
 use onebase_kernels::{Backend, plane_bytes};
-use onebase_tensor::{EncodedDelta, MatrixMut, MatrixRef};
+use onebase_tensor::{EncodedDelta, MatrixMut, MatrixRef, PartSpec};
 
 use crate::signs::Signs;
 use crate::{Codec, DeltaLinear, DeltaSource, Kind, OptionSpec, Options, Result};
@@ -43,6 +43,14 @@ impl Codec for Sign {
 
     fn claimed_bits(&self, _: &Options, _: [usize; 2]) -> f64 {
         1.0
+    }
+
+    fn parts(&self, options: &Options, shape: [usize; 2]) -> Option<Vec<PartSpec>> {
+        Some(Signs::parts(shape, !per_row(options)).to_vec())
+    }
+
+    fn working_bytes(&self, _: &Options, shape: [usize; 2]) -> usize {
+        Signs::working_bytes(shape)
     }
 
     fn encode(&self, options: &Options, delta: &dyn DeltaSource) -> Result<EncodedDelta> {

@@ -1,11 +1,14 @@
 //! Dense linear algebra in f64, for encoders and for those who judge them.
 
 mod eigen;
+mod memory;
 mod products;
 mod truncated;
 
 pub use eigen::{Eigen, symmetric_eigen, symmetric_eigenvalues};
+pub use memory::truncated_svd_bytes;
 pub use products::{gram, product, product_transposed};
 pub use truncated::{SvdMethod, Truncated, gram_of_shorter_side, truncated_svd};
 
 use products::add_gram_of_columns;
+use truncated::OVERSAMPLE;

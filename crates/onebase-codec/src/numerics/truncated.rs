@@ -41,7 +41,7 @@ pub enum SvdMethod {
 const BLOCK_WEIGHTS: usize = 1 << 20;
 
 /// Directions past the rank that the random range has.
-const OVERSAMPLE: usize = 16;
+pub(super) const OVERSAMPLE: usize = 16;
 
 /// Power iterations. What one bit leaves of a delta is nearly flat, so that the range
 /// must be sharpened.
