@@ -1,96 +1,207 @@
 use std::path::Path;
 
 use onebase_codec::CodecSpec;
-use onebase_format::artifact::{ArtifactWriter, CodecRecord, Manifest, Origin, Role, Sizes};
-use onebase_format::{CONFIG_FILE, Digest, SIDE_FILES, Tensor};
+use onebase_format::artifact::{
+    ArtifactWriter, CodecRecord, Manifest, Origin, Run, Shard, Sizes, StoredTensor,
+};
+use onebase_format::{CONFIG_FILE, SIDE_FILES, Tensor};
+use onebase_model::TensorSpec;
+use serde_json::Map;
 
 use crate::model_card::model_card;
 use crate::pair::TensorDelta;
-use crate::{Error, Pair, Plan, Progress, Result, TablePlan};
+use crate::{Error, Pair, Plan, Progress, Result};
 
-const TOOL: &str = concat!("onebase ", env!("CARGO_PKG_VERSION"));
+pub(crate) const TOOL: &str = concat!("onebase ", env!("CARGO_PKG_VERSION"));
 
 /// Bytes compared or copied at a time.
 const BLOCK: usize = 1 << 20;
 
+/// How much of a fine-tune is compressed, and what is done with what an earlier process
+/// has left.
+#[derive(Clone, Copy, Debug)]
+pub struct Job {
+    /// The part of the tensors.
+    pub shard: Shard,
+    /// Throw away what an interrupted run has done, instead of going on with it.
+    pub restart: bool,
+}
+
+impl Job {
+    /// All of it, going on with what is there.
+    pub const WHOLE: Self = Self { shard: Shard::WHOLE, restart: false };
+}
+
 /// Compresses a fine-tune into the folder `target`, which must not exist.
 ///
 /// # Errors
-/// When something cannot be read, a weight is NaN or ∞, the fine-tune is the
-/// base, or the artifact cannot be written; nothing is left under its name then.
+/// As [`compress_part`].
 pub fn compress(
     pair: &Pair,
     plan: &Plan,
     target: &Path,
     progress: &dyn Progress,
 ) -> Result<(Manifest, Sizes)> {
-    let mut writer = ArtifactWriter::create(target, TOOL, &pair.fine_tune.name())?;
-    progress.begin(pair.fine_tune.size_bytes());
-    let mut changed = false;
-    for spec in &pair.specs {
-        progress.tensor(&spec.name);
+    match compress_part(pair, plan, Job::WHOLE, target, progress)? {
+        Some(written) => Ok(written),
+        None => unreachable!("the whole is an artifact"),
+    }
+}
+
+/// Compresses a fine-tune, or a shard of it, towards the folder `target`, which must not
+/// exist. A process that is killed leaves what it has done beside that folder; the same
+/// job goes on with it, and gives the same bytes as an undisturbed one. A shard ends there
+/// too, for [`join`]: then there is no artifact yet.
+///
+/// # Errors
+/// When something cannot be read, a weight is NaN or ∞, the fine-tune is the base, what
+/// is left is of another run or of checkpoints that have changed since, or something
+/// cannot be written. Nothing is under the folder's name then.
+pub fn compress_part(
+    pair: &Pair,
+    plan: &Plan,
+    job: Job,
+    target: &Path,
+    progress: &dyn Progress,
+) -> Result<Option<(Manifest, Sizes)>> {
+    if !pair.is_changed()? {
+        return Err(Error::NoChange { path: pair.fine_tune.dir().to_owned() });
+    }
+    let run = Run {
+        tool: TOOL.to_owned(),
+        base: pair.base.name(),
+        fine_tune: pair.fine_tune.name(),
+        inputs: pair.fingerprint()?,
+        options: Map::from_iter([
+            ("linear".to_owned(), plan.linear.to_string().into()),
+            ("embeddings".to_owned(), plan.tables.to_string().into()),
+        ]),
+        n_tensors: pair.specs.len(),
+        shard: job.shard,
+    };
+    let mut writer = ArtifactWriter::open(target, &run, job.restart)?;
+    let done = put_all(pair, plan, job.shard, &mut writer, progress);
+    // A full disk, a share that went away, the wrong checkpoint given: what is done is
+    // worth keeping.
+    if let Err(Error::Format(onebase_format::Error::Io { .. }) | Error::InputChanged { .. }) = &done
+    {
+        writer.keep();
+    }
+    done?;
+    if job.shard == Shard::WHOLE {
+        return Ok(Some(writer.finish(model_card)?));
+    }
+    writer.finish_shard()?;
+    Ok(None)
+}
+
+/// Joins the shards that were compressed towards `target` to the artifact, as
+/// [`onebase_format::artifact::join`].
+///
+/// # Errors
+/// As there.
+pub fn join(target: &Path) -> Result<(Manifest, Sizes)> {
+    Ok(onebase_format::artifact::join(target, model_card)?)
+}
+
+fn put_all(
+    pair: &Pair,
+    plan: &Plan,
+    shard: Shard,
+    writer: &mut ArtifactWriter,
+    progress: &dyn Progress,
+) -> Result<()> {
+    let ours = pair.shard(shard)?;
+    let size = |index: &usize| Ok(pair.fine_tune.tensor(&pair.specs[*index].name)?.size_bytes());
+    let total: Result<Vec<usize>> = ours.iter().map(size).collect();
+    let done: Vec<_> = writer.done().collect();
+    progress.begin(total?.into_iter().map(|bytes| bytes as u64).sum());
+    if !done.is_empty() {
+        progress.resumed(done.len());
+    }
+    for index in ours {
+        let spec = &pair.specs[index];
         let base = pair.base.tensor(&spec.name)?;
         let fine_tune = pair.fine_tune.tensor(&spec.name)?;
-        let origin = |base| Origin {
-            name: &spec.name,
-            role: spec.role,
-            dtype: fine_tune.dtype(),
-            shape: fine_tune.shape(),
-            base,
-        };
-        if same_bytes(&base, &fine_tune)? {
-            writer.put_unchanged(origin(base.digest()?));
-        } else {
-            changed = true;
-            let codec = match (spec.role, &plan.tables) {
-                (Role::Vector, _) | (Role::Embedding | Role::Head, TablePlan::Exact) => None,
-                (Role::Embedding | Role::Head, TablePlan::Codec(codec)) => Some(codec),
-                (Role::Linear, _) => Some(&plan.linear),
-            };
-            match codec {
-                Some(codec) => put_delta(&mut writer, codec, base, fine_tune, origin)?,
-                None => {
-                    let bytes = read_finite(&fine_tune, 0)?;
-                    writer.put_exact(origin(base.digest()?), &bytes)?;
+        if let Some(done) = done.iter().find(|done| done.index == index) {
+            progress.tensor(&format!("checking {}", spec.name));
+            for (tensor, expected) in [(&base, done.base), (&fine_tune, done.fine_tune)] {
+                let got = tensor.digest()?;
+                if got != expected {
+                    return Err(Error::InputChanged {
+                        path: tensor.path().to_owned(),
+                        tensor: spec.name.clone(),
+                        work: writer.work_folder().to_owned(),
+                    });
                 }
             }
+        } else {
+            progress.tensor(&spec.name);
+            put_tensor(index, spec, plan, writer, base, fine_tune)?;
         }
         progress.advance(fine_tune.size_bytes() as u64);
     }
-    if !changed {
-        return Err(Error::NoChange { path: pair.fine_tune.dir().to_owned() });
+    if shard.index > 1 {
+        return Ok(());
     }
     for name in SIDE_FILES.into_iter().chain([CONFIG_FILE]) {
+        if writer.has_file(name) {
+            continue;
+        }
         if let Some(bytes) = pair.fine_tune.side_file(name)? {
             if pair.base.side_file(name)?.as_ref() == Some(&bytes) {
-                writer.inherit_file(name, &bytes);
+                writer.inherit_file(name, &bytes)?;
             } else {
                 writer.put_file(name, &bytes)?;
             }
         }
     }
-    Ok(writer.finish(&pair.base.name(), model_card)?)
+    Ok(())
 }
 
-fn put_delta<'a>(
+fn put_tensor(
+    index: usize,
+    spec: &TensorSpec,
+    plan: &Plan,
     writer: &mut ArtifactWriter,
-    codec: &CodecSpec,
-    base: Tensor<'a>,
-    fine_tune: Tensor<'a>,
-    origin: impl Fn(Digest) -> Origin<'a>,
+    base: Tensor<'_>,
+    fine_tune: Tensor<'_>,
 ) -> Result<()> {
+    let origin = |base, of_fine_tune| Origin {
+        index,
+        name: &spec.name,
+        role: spec.role,
+        dtype: fine_tune.dtype(),
+        shape: fine_tune.shape(),
+        base,
+        fine_tune: of_fine_tune,
+    };
+    if same_bytes(&base, &fine_tune)? {
+        let digest = base.digest()?;
+        return Ok(writer.put(StoredTensor::unchanged(origin(digest, digest)), &[])?);
+    }
+    let digests = || rayon::join(|| base.digest(), || fine_tune.digest());
+    let Some(codec) = plan.codec(spec.role) else {
+        let bytes = read_finite(&fine_tune, 0)?;
+        let (base, of_fine_tune) = digests();
+        return Ok(writer.put(StoredTensor::exact(origin(base?, of_fine_tune?)), &bytes)?);
+    };
     let source = TensorDelta::new(base, fine_tune);
-    let (digest, delta) = rayon::join(|| base.digest(), || codec.encode(&source));
+    let ((base_digest, digest), delta) = rayon::join(digests, || codec.encode(&source));
     let delta = delta.map_err(|e| source.explain(e))?;
     let base_bytes = base.n_weights() * fine_tune.dtype().size_bytes();
     let added_rows = read_finite(&fine_tune, base_bytes)?;
-    let record = CodecRecord {
+    let origin = origin(base_digest?, digest?);
+    Ok(writer.put_delta(origin, codec_record(codec), &delta, &added_rows)?)
+}
+
+/// What a manifest says of a codec.
+pub(crate) fn codec_record(codec: &CodecSpec) -> CodecRecord {
+    CodecRecord {
         name: codec.codec().name().to_owned(),
         version: codec.codec().version(),
         options: codec.options().to_json().clone(),
-    };
-    writer.put_delta(origin(digest?), record, delta, &added_rows)?;
-    Ok(())
+    }
 }
 
 /// The bytes of a tensor from `offset`, every weight of which is finite.
@@ -118,7 +229,7 @@ fn read_finite(tensor: &Tensor<'_>, offset: usize) -> Result<Vec<u8>> {
 }
 
 /// Whether two tensors are the same to the byte; stops at the first difference.
-fn same_bytes(a: &Tensor<'_>, b: &Tensor<'_>) -> Result<bool> {
+pub(crate) fn same_bytes(a: &Tensor<'_>, b: &Tensor<'_>) -> Result<bool> {
     if a.dtype() != b.dtype() || a.shape() != b.shape() {
         return Ok(false);
     }

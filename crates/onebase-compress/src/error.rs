@@ -34,6 +34,32 @@ pub enum Error {
         /// What the codec said.
         source: onebase_codec::Error,
     },
+    /// A checkpoint is not what it was when an interrupted run began.
+    #[error("{}: tensor {tensor} has changed since the run began whose work is in {}", path.display(), work.display())]
+    InputChanged {
+        /// The file of the tensor.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// What the run has left.
+        work: PathBuf,
+    },
+    /// No size of the codec is within the budget.
+    #[error("{budget} is less than the codec {codec} can do: the least is {least}")]
+    OverBudget {
+        /// What was asked for.
+        budget: String,
+        /// The codec.
+        codec: String,
+        /// The least size, in the unit of the budget.
+        least: String,
+    },
+    /// The size of a codec depends on the weights.
+    #[error("the size of {codec} is known only after encoding, expected one that is known before")]
+    UnknownSize {
+        /// The codec.
+        codec: String,
+    },
     /// The fine-tune is the base.
     #[error("{} has the same weights as the base", path.display())]
     NoChange {
@@ -52,6 +78,16 @@ impl Error {
             Error::NotFinite { .. } => Some(
                 "a checkpoint with NaN or ∞ is broken; look for a diverged training run".into(),
             ),
+            Error::InputChanged { .. } => {
+                Some("give the checkpoints that it began with, or start over with --restart".into())
+            }
+            Error::OverBudget { .. } => Some(
+                "raise the budget, or choose a codec that goes lower; `onebase codecs` lists them"
+                    .into(),
+            ),
+            Error::UnknownSize { .. } => {
+                Some("choose its size by its own options instead of a budget".into())
+            }
             Error::NoChange { .. } => {
                 Some("give the fine-tuned checkpoint; there is no delta to store".into())
             }

@@ -1,10 +1,12 @@
 //! The offline side: a base and a fine-tune to an artifact, and back.
 //!
 //! Tensors are read by blocks of rows and written one after the other, so that
-//! memory is bounded by the codes of one file, whatever the checkpoint's size.
+//! memory is bounded by what encoding the largest takes, whatever the checkpoint's size.
 
+mod budget;
 mod compress;
 mod error;
+mod memory;
 mod model_card;
 mod pair;
 mod plan;
@@ -12,8 +14,10 @@ mod progress;
 mod restore;
 mod verify;
 
-pub use compress::compress;
+pub use budget::Budget;
+pub use compress::{Job, compress, compress_part, join};
 pub use error::Error;
+pub use memory::{ExpectedMemory, expected_memory};
 pub use model_card::updated_model_card;
 pub use pair::{Pair, TensorDelta};
 pub use plan::{Plan, TablePlan};

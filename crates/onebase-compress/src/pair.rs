@@ -1,11 +1,14 @@
 use std::cell::RefCell;
+use std::cmp::Reverse;
 use std::ops::Range;
 use std::path::Path;
 
 use onebase_codec::DeltaSource;
-use onebase_format::{Checkpoint, Tensor};
+use onebase_format::artifact::Shard;
+use onebase_format::{CONFIG_FILE, Checkpoint, Digest, SIDE_FILES, Tensor};
 use onebase_model::{ModelConfig, TensorSpec, check_tensors, tensor_specs};
 
+use crate::compress::same_bytes;
 use crate::{Error, Result};
 
 /// A base and a fine-tune that belong together.
@@ -51,6 +54,75 @@ impl Pair {
     /// The fine-tune's tensors, in the order of the forward pass.
     pub fn specs(&self) -> &[TensorSpec] {
         &self.specs
+    }
+
+    /// Whether any tensor differs from the base's.
+    ///
+    /// # Errors
+    /// When one cannot be read.
+    pub fn is_changed(&self) -> Result<bool> {
+        for index in 0..self.specs.len() {
+            if !self.is_unchanged(index)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Whether the tensor at a position is the base's to the byte.
+    pub(crate) fn is_unchanged(&self, index: usize) -> Result<bool> {
+        let name = &self.specs[index].name;
+        same_bytes(&self.base.tensor(name)?, &self.fine_tune.tensor(name)?)
+    }
+
+    /// Positions of the tensors of a shard, ascending: shards are about as large as
+    /// each other, the largest tensors handed out first.
+    pub(crate) fn shard(&self, shard: Shard) -> Result<Vec<usize>> {
+        let mut sizes = Vec::new();
+        for (index, spec) in self.specs.iter().enumerate() {
+            sizes.push((self.fine_tune.tensor(&spec.name)?.size_bytes(), index));
+        }
+        sizes.sort_by_key(|(size, index)| (Reverse(*size), *index));
+        let mut loads = vec![0usize; shard.count];
+        let mut ours = Vec::new();
+        for (size, index) in sizes {
+            let Some(least) = (0..shard.count).min_by_key(|i| loads[*i]) else {
+                unreachable!("there is a shard")
+            };
+            loads[least] += size;
+            if least + 1 == shard.index {
+                ours.push(index);
+            }
+        }
+        ours.sort_unstable();
+        Ok(ours)
+    }
+
+    /// A digest of what the files are and of samples of every tensor: that tells these
+    /// checkpoints from others without reading them.
+    pub(crate) fn fingerprint(&self) -> Result<Digest> {
+        const SAMPLES: usize = 8;
+        const SAMPLE_BYTES: usize = 64;
+        let mut seen = Vec::new();
+        for checkpoint in [&self.base, &self.fine_tune] {
+            for name in SIDE_FILES.into_iter().chain([CONFIG_FILE]) {
+                let file = checkpoint.side_file(name)?.map(|bytes| Digest::of(&bytes));
+                seen.extend_from_slice(format!("{name} {file:?}\n").as_bytes());
+            }
+            for spec in &self.specs {
+                let tensor = checkpoint.tensor(&spec.name)?;
+                let head = format!("{} {} {:?}\n", spec.name, tensor.dtype(), tensor.shape());
+                seen.extend_from_slice(head.as_bytes());
+                let len = SAMPLE_BYTES.min(tensor.size_bytes());
+                for sample in 0..SAMPLES {
+                    let at = (tensor.size_bytes() - len) / (SAMPLES - 1) * sample;
+                    let begin = seen.len();
+                    seen.resize(begin + len, 0);
+                    tensor.read(at, &mut seen[begin..])?;
+                }
+            }
+        }
+        Ok(Digest::of(&seen))
     }
 
     /// The delta of a matrix, to be read by rows.

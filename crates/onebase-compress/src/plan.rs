@@ -2,6 +2,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use onebase_codec::CodecSpec;
+use onebase_format::artifact::Role;
 
 /// [`TablePlan::Exact`], as it is written.
 const EXACT: &str = "exact";
@@ -13,6 +14,17 @@ pub struct Plan {
     pub linear: CodecSpec,
     /// What is done with embeddings and head.
     pub tables: TablePlan,
+}
+
+impl Plan {
+    /// The codec of tensors of a role; `None` where they are stored exactly.
+    pub fn codec(&self, role: Role) -> Option<&CodecSpec> {
+        match (role, &self.tables) {
+            (Role::Vector, _) | (Role::Embedding | Role::Head, TablePlan::Exact) => None,
+            (Role::Embedding | Role::Head, TablePlan::Codec(codec)) => Some(codec),
+            (Role::Linear, _) => Some(&self.linear),
+        }
+    }
 }
 
 /// How token tables, the embeddings and the head, are stored.

@@ -3,6 +3,9 @@ pub trait Progress: Sync {
     /// A run over `total_bytes` begins.
     fn begin(&self, total_bytes: u64);
 
+    /// Of it, an earlier process has done as many tensors.
+    fn resumed(&self, n_tensors: usize);
+
     /// Work on a tensor begins.
     fn tensor(&self, name: &str);
 
@@ -16,6 +19,7 @@ pub struct Silent;
 
 impl Progress for Silent {
     fn begin(&self, _: u64) {}
+    fn resumed(&self, _: usize) {}
     fn tensor(&self, _: &str) {}
     fn advance(&self, _: u64) {}
 }

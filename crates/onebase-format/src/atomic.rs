@@ -6,6 +6,34 @@ use crate::error::Error;
 
 const LOCK: &str = ".lock";
 
+/// The right to write in a folder, for as long as it lives; the system takes it back
+/// from a process that ends.
+#[derive(Debug)]
+pub(crate) struct Lock {
+    _file: File,
+}
+
+impl Lock {
+    /// Takes it for the folder `dir`, in which `target` is being made.
+    ///
+    /// # Errors
+    /// When another process has it.
+    pub(crate) fn take(dir: &Path, target: &Path) -> Result<Self> {
+        let path = dir.join(LOCK);
+        let file = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path)
+            .map_err(Error::io("create", &path))?;
+        match file.try_lock() {
+            Ok(()) => Ok(Self { _file: file }),
+            Err(std::fs::TryLockError::WouldBlock) => Err(Error::Busy { path: target.to_owned() }),
+            Err(std::fs::TryLockError::Error(e)) => Err(Error::io("lock", &path)(e)),
+        }
+    }
+}
+
 /// A folder that appears under its name only when it is complete.
 ///
 /// Files are written to `.NAME.partial` beside it, which [`StagedFolder::commit`]
@@ -15,8 +43,8 @@ const LOCK: &str = ".lock";
 pub struct StagedFolder {
     target: PathBuf,
     staging: PathBuf,
-    /// Held for as long as this process writes; released by closing it.
-    lock: Option<File>,
+    /// Held for as long as this process writes.
+    lock: Option<Lock>,
 }
 
 impl StagedFolder {
@@ -33,20 +61,8 @@ impl StagedFolder {
             return Err(Error::Exists { path: target.to_owned() });
         };
         std::fs::create_dir_all(&staging).map_err(Error::io("create", &staging))?;
+        let lock = Lock::take(&staging, target)?;
         let lock_path = staging.join(LOCK);
-        let lock = File::options()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(&lock_path)
-            .map_err(Error::io("create", &lock_path))?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(std::fs::TryLockError::WouldBlock) => {
-                return Err(Error::Busy { path: target.to_owned() });
-            }
-            Err(std::fs::TryLockError::Error(e)) => return Err(Error::io("lock", &lock_path)(e)),
-        }
         let entries = std::fs::read_dir(&staging).map_err(Error::io("read", &staging))?;
         for entry in entries {
             let path = entry.map_err(Error::io("read", &staging))?.path();

@@ -110,6 +110,28 @@ pub enum Error {
         /// The folder.
         path: PathBuf,
     },
+    /// What an interrupted run has left is of another run than this one.
+    #[error("{}: belongs to another run: {what} is {got}, here it is {expected}", path.display())]
+    OtherRun {
+        /// The folder of what is left.
+        path: PathBuf,
+        /// In what the runs differ.
+        what: String,
+        /// What it is in this run.
+        expected: String,
+        /// What it is in the other.
+        got: String,
+    },
+    /// Not every shard is complete.
+    #[error("{}: shard {index} of {count} is not complete", path.display())]
+    UnfinishedShard {
+        /// The folder of the shard, which may be missing.
+        path: PathBuf,
+        /// Which shard.
+        index: usize,
+        /// How many there are.
+        count: usize,
+    },
     /// The folder holds another kind of manifest.
     #[error("{}: format is {got:?}, expected {expected:?}", path.display())]
     OtherFormat {
@@ -211,6 +233,14 @@ impl Error {
                 "quantized checkpoints cannot be a base or a fine-tune; use the 16- or 32-bit one"
                     .into()
             }
+            Error::OtherRun { .. } => {
+                "go on with the program and the options that began it, choose another output, or \
+                 throw away what it has done with --restart"
+                    .into()
+            }
+            Error::UnfinishedShard { index, count, .. } => {
+                format!("run the same `onebase compress` with --shard {index}/{count}")
+            }
             Error::Exists { .. } => "remove it or choose another output".into(),
             Error::NewerFormat { .. } => "install a newer onebase".into(),
             Error::OtherBase { .. } => {
@@ -219,7 +249,7 @@ impl Error {
                     .into()
             }
             Error::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
-                "free some space; nothing was written under the final name".into()
+                "free some space and run it again; nothing was written under the final name".into()
             }
             _ => return None,
         })

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use onebase_tensor::DType;
 use safetensors::tensor::{Metadata, TensorInfo};
+use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
 use crate::{Digest, Result};
@@ -13,11 +14,12 @@ use crate::{Digest, Result};
 const WORTH_A_THREAD: usize = 1 << 18;
 
 /// A tensor that a file will hold.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TensorEntry {
     /// Its name.
     pub name: String,
     /// Its element type.
+    #[serde(with = "by_name")]
     pub dtype: DType,
     /// Its shape, outermost dimension first.
     pub shape: Vec<usize>,
@@ -49,35 +51,17 @@ impl TensorWriter {
     /// # Errors
     /// When it cannot be written.
     pub fn create(path: &Path, tensors: &[TensorEntry]) -> Result<Self> {
-        let mut end = 0;
-        let infos = tensors.iter().map(|tensor| {
-            let begin = end;
-            end += tensor.size_bytes();
-            let dtype = match tensor.dtype {
-                DType::U8 => safetensors::Dtype::U8,
-                DType::F16 => safetensors::Dtype::F16,
-                DType::BF16 => safetensors::Dtype::BF16,
-                DType::F32 => safetensors::Dtype::F32,
-            };
-            let shape = tensor.shape.clone();
-            (tensor.name.clone(), TensorInfo { dtype, shape, data_offsets: (begin, end) })
-        });
-        let infos = infos.collect();
-        let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-        let metadata = Metadata::new(Some(format), infos)
-            .map_err(|source| Error::Header { path: path.to_owned(), source })?;
-        let mut header = serde_json::to_vec(&metadata)
-            .map_err(|source| Error::Json { path: path.to_owned(), source })?;
-        header.resize((8 + header.len()).next_multiple_of(64) - 8, b' ');
+        let header =
+            header(tensors).map_err(|source| Error::Header { path: path.to_owned(), source })?;
+        let data: usize = tensors.iter().map(TensorEntry::size_bytes).sum();
         let file = File::create_new(path).map_err(Error::io("create", path))?;
         let mut writer = Self {
             path: path.to_owned(),
             file: std::io::BufWriter::with_capacity(1 << 20, file),
             hasher: blake3::Hasher::new(),
             written_bytes: 0,
-            total_bytes: (8 + header.len() + end) as u64,
+            total_bytes: (header.len() + data) as u64,
         };
-        writer.write(&(header.len() as u64).to_le_bytes())?;
         writer.write(&header)?;
         Ok(writer)
     }
@@ -114,5 +98,44 @@ impl TensorWriter {
         };
         file.sync_all().map_err(io)?;
         Ok((self.total_bytes, Digest::finish(&self.hasher)))
+    }
+}
+
+/// What stands before the data of a file: the header's length, the header and its padding.
+pub(crate) fn header(tensors: &[TensorEntry]) -> Result<Vec<u8>, safetensors::SafeTensorError> {
+    let mut end = 0;
+    let infos = tensors.iter().map(|tensor| {
+        let begin = end;
+        end += tensor.size_bytes();
+        let dtype = match tensor.dtype {
+            DType::U8 => safetensors::Dtype::U8,
+            DType::F16 => safetensors::Dtype::F16,
+            DType::BF16 => safetensors::Dtype::BF16,
+            DType::F32 => safetensors::Dtype::F32,
+        };
+        let shape = tensor.shape.clone();
+        (tensor.name.clone(), TensorInfo { dtype, shape, data_offsets: (begin, end) })
+    });
+    let infos = infos.collect();
+    let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    let json = serde_json::to_vec(&Metadata::new(Some(format), infos)?)?;
+    let padded = (8 + json.len()).next_multiple_of(64);
+    let mut header = ((padded - 8) as u64).to_le_bytes().to_vec();
+    header.extend(json);
+    header.resize(padded, b' ');
+    Ok(header)
+}
+
+/// Element types as safetensors headers name them.
+mod by_name {
+    use onebase_tensor::DType;
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub(super) fn serialize<S: Serializer>(dtype: &DType, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(dtype.name())
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<DType, D::Error> {
+        String::deserialize(from)?.parse().map_err(Error::custom)
     }
 }

@@ -9,13 +9,13 @@ mod support;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use onebase_format::artifact::{Artifact, ArtifactWriter, MANIFEST_FILE};
+use onebase_format::artifact::{Artifact, ArtifactWriter, MANIFEST_FILE, Shard};
 use onebase_format::{Checkpoint, Digest, Error, StagedFolder, TensorEntry, TensorWriter};
 use onebase_tensor::{DType, PartData};
 use serde_json::{Value, json};
 use support::{
     LINEAR, REST, Stored, artifact, base_digest, contents, edit_manifest, edit_tensors,
-    safetensors, tensors, write_checkpoint, written,
+    run_of_artifact, safetensors, tensors, write_checkpoint, written,
 };
 use tempfile::tempdir;
 
@@ -453,9 +453,11 @@ fn a_written_file_is_valid_and_aligned() {
 fn a_dropped_writer_leaves_nothing_under_the_name() {
     let dir = tempdir().unwrap();
     let target = dir.path().join("out");
-    let mut writer = ArtifactWriter::create(&target, "test", "tuned").unwrap();
+    let run = run_of_artifact(Shard::WHOLE);
+    let mut writer = ArtifactWriter::open(&target, &run, false).unwrap();
     writer.put_file("config.json", b"{}").unwrap();
-    assert!(matches!(ArtifactWriter::create(&target, "", ""), Err(Error::Busy { .. })));
+    assert!(matches!(ArtifactWriter::open(&target, &run, false), Err(Error::Busy { .. })));
+    assert!(matches!(ArtifactWriter::open(&target, &run, true), Err(Error::Busy { .. })));
     drop(writer);
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
 }
@@ -464,7 +466,8 @@ fn a_dropped_writer_leaves_nothing_under_the_name() {
 fn a_folder_that_is_there_is_never_written() {
     let dir = written();
     let before = contents(&dir.path().join("a"));
-    let error = ArtifactWriter::create(&dir.path().join("a"), "", "").unwrap_err();
+    let run = run_of_artifact(Shard::WHOLE);
+    let error = ArtifactWriter::open(&dir.path().join("a"), &run, true).unwrap_err();
     let Error::Exists { path } = &error else { panic!("{error:?}") };
     assert_eq!(*path, dir.path().join("a"));
     assert!(error.hint().unwrap().contains("another output"));

@@ -6,7 +6,8 @@ use std::str::FromStr;
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Parser, Subcommand};
 use onebase_codec::CodecSpec;
-use onebase_compress::TablePlan;
+use onebase_compress::{Budget, TablePlan};
+use onebase_format::artifact::Shard;
 
 /// One base model, hundreds of fine-tunes.
 ///
@@ -31,6 +32,8 @@ pub(crate) struct Args {
 pub(crate) enum Command {
     /// Compress a fine-tune into a delta artifact
     Compress(CompressArgs),
+    /// Join the shards of an artifact that `compress --shard` has made
+    Finalize(FinalizeArgs),
     /// Show what an artifact holds and what it costs
     Inspect(InspectArgs),
     /// Check an artifact, and that a base is the one it was made against
@@ -62,10 +65,33 @@ pub(crate) struct CompressArgs {
     pub(crate) out: PathBuf,
     /// Codec of the linear sites, as NAME or NAME:OPTION=VALUE,… (see `onebase codecs`)
     #[arg(long, default_value = "rtn", value_parser = codec)]
-    pub(crate) codec: CodecSpec,
+    pub(crate) codec: GivenCodec,
     /// How embeddings and head are stored: `exact`, or a codec; the same codec unless given
     #[arg(long, value_parser = tables)]
     pub(crate) embeddings: Option<TablePlan>,
+    /// Choose the codec's `bits` so that the artifact is no larger: 2.1bpw (effective bits per
+    /// weight of the linear sites), 10% (of the fine-tune's bytes) or 200MB
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) budget: Option<Budget>,
+    /// Do only part I of N, in a process or on a machine of its own; `onebase finalize` joins them
+    #[arg(long, value_name = "I/N", value_parser = shard)]
+    pub(crate) shard: Option<Shard>,
+    /// Throw away what an interrupted run has done, instead of going on with it
+    #[arg(long)]
+    pub(crate) restart: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct FinalizeArgs {
+    /// Folder of the artifact, as given to `onebase compress --shard`
+    pub(crate) artifact: PathBuf,
+}
+
+/// A codec, and whether its size was said with it.
+#[derive(Clone, Debug)]
+pub(crate) struct GivenCodec {
+    pub(crate) spec: CodecSpec,
+    pub(crate) has_size: bool,
 }
 
 #[derive(Debug, clap::Args)]
@@ -260,8 +286,18 @@ fn with_hint(error: &onebase_codec::Error) -> String {
     }
 }
 
-fn codec(text: &str) -> Result<CodecSpec, String> {
-    text.parse().map_err(|e| with_hint(&e))
+fn codec(text: &str) -> Result<GivenCodec, String> {
+    let spec: CodecSpec = text.parse().map_err(|e| with_hint(&e))?;
+    let has_size = spec.size_option().is_some_and(|option| CodecSpec::gives(text, option.name));
+    Ok(GivenCodec { spec, has_size })
+}
+
+fn shard(text: &str) -> Result<Shard, String> {
+    let parsed = text.split_once('/').and_then(|(index, count)| {
+        let shard = Shard { index: index.parse().ok()?, count: count.parse().ok()? };
+        (1..=shard.count).contains(&shard.index).then_some(shard)
+    });
+    parsed.ok_or_else(|| "expected I/N with I from 1 to N, such as 2/8".to_owned())
 }
 
 fn tables(text: &str) -> Result<TablePlan, String> {

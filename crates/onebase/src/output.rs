@@ -121,6 +121,14 @@ impl Progress for Bar {
         });
     }
 
+    fn resumed(&self, n_tensors: usize) {
+        let text = format!("going on with an earlier run: {n_tensors} tensors are done");
+        match self.bar.get() {
+            Some(bar) => bar.suspend(|| Output::note(&text)),
+            None => Output::note(&text),
+        }
+    }
+
     fn tensor(&self, name: &str) {
         if let Some(bar) = self.bar.get() {
             bar.set_message(name.to_owned());

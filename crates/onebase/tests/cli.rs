@@ -31,7 +31,8 @@ fn the_whole_way_for_people() {
     for text in ["math", "effective bits per weight", "rtn:bits=4", "size on disk"] {
         assert!(run.stdout.contains(text), "{text}: {}", run.stdout);
     }
-    assert_eq!(run.stderr, "", "no progress where nobody watches");
+    assert_eq!(run.stderr.lines().count(), 1, "no progress where nobody watches");
+    run.says(&["rtn:bits=4: takes at most", "of memory"]);
 
     let run = onebase(["inspect", &out]).exits(0);
     assert!(run.stdout.contains("4.14 linear sites") || run.stdout.contains("4.140 linear sites"));
@@ -85,10 +86,14 @@ fn the_whole_way_for_programs() {
             "effective_bpw_total",
             "codecs",
             "seconds",
-            "peak_memory_bytes"
+            "peak_memory_bytes",
+            "expected_memory_bytes"
         ]
     );
     assert_eq!((&got["artifact"], &got["bytes"]), (&json!(out), &json!(total("a"))));
+    if let Some(peak) = got["peak_memory_bytes"].as_u64() {
+        assert!(peak <= got["expected_memory_bytes"].as_u64().unwrap(), "{peak}");
+    }
     let codec = json!([{"name": "sign", "version": 1, "options": {"scale": "matrix"}}]);
     assert_eq!(got["codecs"], codec);
     let bits = got["effective_bpw_total"].as_f64().unwrap();

@@ -11,6 +11,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
 use support::{
     PROGRAM, Place, QUESTION, Run, command, compress_args, contents, copy, demo, onebase,
 };
@@ -30,22 +31,15 @@ fn silent(mut command: Command) -> Command {
     command
 }
 
-/// A fine-tune with a named pipe among its files: compressing it waits at the
-/// pipe, everything read and nothing named.
-fn endless(place: &Place) -> std::path::PathBuf {
-    let dir = place.path("math");
-    copy(&demo("math"), &dir);
-    let pipe = dir.join("vocab.json");
-    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
-    dir
-}
+/// A codec that takes its time.
+const SLOW: &str = "dqrelo-plus:svd=full,rounds=16";
 
-/// Starts a run that waits at the pipe of an [`endless`] fine-tune.
-fn waiting(place: &Place, codec: &str) -> Child {
-    let args = compress_args(&place.path("math"), codec, &place.path("out"));
-    let child = silent(command(args)).spawn().unwrap();
-    wait_until("the run has begun", || place.path(".out.partial").join(".lock").exists());
-    child
+/// What an interrupted run leaves, and how many lines of its journal are whole.
+const WORK: &str = ".out.work";
+
+fn n_lines(place: &Place) -> usize {
+    let journal = std::fs::read(place.path(WORK).join("journal.jsonl")).unwrap_or_default();
+    journal.iter().filter(|byte| **byte == b'\n').count()
 }
 
 fn kill(mut child: Child) -> std::process::ExitStatus {
@@ -58,45 +52,102 @@ fn undisturbed(place: &Place, fine_tune: &Path, codec: &str) {
     onebase(compress_args(fine_tune, codec, &place.path("undisturbed"))).exits(0);
 }
 
+/// Killed five times in one run, at moments that a generator draws: after some more tensors
+/// and some more time.
 #[test]
-fn a_killed_run_leaves_nothing_under_the_name_and_the_next_one_succeeds() {
+fn a_run_that_is_killed_again_and_again_gives_what_an_unbroken_one_gives() {
     let place = Place::new();
-    let fine_tune = endless(&place);
-    let child = waiting(&place, "dense");
-    assert!(!place.path("out").exists());
-    let status = kill(child);
-    assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(9));
-    assert_eq!(place.names(), [".out.partial", "math"]);
-
-    std::fs::remove_file(fine_tune.join("vocab.json")).unwrap();
-    onebase(compress_args(&fine_tune, "dense", &place.path("out"))).exits(0);
-    undisturbed(&place, &fine_tune, "dense");
+    let codec = "dqrelo-plus:svd=full,rounds=4";
+    undisturbed(&place, &demo("math"), codec);
+    let args = compress_args(&demo("math"), codec, &place.path("out"));
+    let mut state = 7u64;
+    let mut draw = |below: u64| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963);
+        (state >> 33) % below
+    };
+    for round in 0..5 {
+        let (before, more) = (n_lines(&place), draw(7));
+        let mut child = silent(command(&args)).spawn().unwrap();
+        wait_until("it goes on", || n_lines(&place) as u64 > before as u64 + more);
+        std::thread::sleep(Duration::from_micros(draw(20_000)));
+        assert!(child.try_wait().unwrap().is_none(), "round {round}: too late");
+        let status = kill(child);
+        assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(9));
+        assert_eq!(place.names(), [WORK, "undisturbed"]);
+    }
+    onebase(&args).exits(0).says(&["going on with an earlier run:", "tensors are done"]);
     assert!(contents(&place.path("out")) == contents(&place.path("undisturbed")));
-    assert_eq!(place.names(), ["math", "out", "undisturbed"]);
+    assert_eq!(place.names(), ["out", "undisturbed"]);
+}
+
+/// A process that ended after the first tensors of a slow run.
+fn killed_run(place: &Place, fine_tune: &Path) {
+    let args = compress_args(fine_tune, SLOW, &place.path("out"));
+    let child = silent(command(args)).spawn().unwrap();
+    wait_until("some tensors are done", || n_lines(place) > 4);
+    kill(child);
 }
 
 #[test]
-fn a_run_killed_while_it_writes_leaves_nothing_under_the_name() {
+fn what_another_run_has_left_is_refused() {
     let place = Place::new();
-    undisturbed(&place, &demo("math"), "dense");
-    let args = compress_args(&demo("math"), "dense", &place.path("out"));
-    let file = place.path(".out.partial").join("linear-00001.safetensors");
-    // It may be done before the kill comes: then again.
-    let n_killed = (0..20).filter(|_| {
-        let mut child = silent(command(&args)).spawn().unwrap();
-        wait_until("it writes or is done", || file.exists() || child.try_wait().unwrap().is_some());
-        kill(child);
-        if place.path("out").exists() {
-            assert!(contents(&place.path("out")) == contents(&place.path("undisturbed")));
-            std::fs::remove_dir_all(place.path("out")).unwrap();
-            return false;
-        }
-        true
-    });
-    assert!(n_killed.count() > 0, "no run was killed while it wrote");
-    onebase(&args).exits(0);
-    assert!(contents(&place.path("out")) == contents(&place.path("undisturbed")));
+    let fine_tune = place.path("math");
+    copy(&demo("math"), &fine_tune);
+    killed_run(&place, &fine_tune);
+    let out = place.path("out");
+    let other = onebase(compress_args(&fine_tune, "dqrelo-plus:svd=full", &out)).exits(1);
+    other.says(&[WORK, "belongs to another run: options is", "rounds=16", "hint:", "--restart"]);
+    let other = onebase(compress_args(&demo("chat"), SLOW, &out)).exits(1);
+    other.says(&[WORK, "belongs to another run", "hint:", "--restart"]);
+
+    // A weight that no sample of the tensor shows has changed.
+    let weights = fine_tune.join("model.safetensors");
+    let mut bytes = std::fs::read(&weights).unwrap();
+    let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let names: Value = serde_json::from_slice(&bytes[8..8 + header]).unwrap();
+    let first = names["model.embed_tokens.weight"]["data_offsets"][0].as_u64().unwrap() as usize;
+    bytes[8 + header + first + 1000] ^= 1;
+    std::fs::write(&weights, bytes).unwrap();
+    let changed = onebase(compress_args(&fine_tune, SLOW, &out)).exits(1);
+    changed.says(&["model.embed_tokens.weight has changed since the run began", "--restart"]);
+    assert!(place.path(WORK).exists(), "what is done is kept");
+
+    let mut again = compress_args(&fine_tune, "sign", &out);
+    again.push("--restart".to_owned());
+    onebase(again).exits(0);
+    assert_eq!(place.names(), ["math", "out"]);
+}
+
+#[test]
+fn shards_make_the_same_artifact() {
+    let place = Place::new();
+    undisturbed(&place, &demo("math"), "dqrelo");
+    let shard = |shard: &str, codec: &str| {
+        let mut args = compress_args(&demo("math"), codec, &place.path("out"));
+        args.extend(["--shard".to_owned(), shard.to_owned()]);
+        onebase(args)
+    };
+    let finalize = || onebase(["finalize", &place.text("out")]);
+    finalize().exits(1).says(&["cannot read", "out.shards"]);
+    shard("2/3", "dqrelo").exits(0);
+    finalize().exits(1).says(&["1-of-3: shard 1 of 3 is not complete", "--shard 1/3"]);
+    shard("1/3", "dqrelo").exits(0);
+    shard("3/3", "sign").exits(0);
+    finalize().exits(1).says(&["3-of-3", "belongs to another run: options is", "sign"]);
+    shard("3/3", "dqrelo").exits(1).says(&["belongs to another run", "--restart"]);
+    std::fs::remove_dir_all(place.path("out.shards/3-of-3")).unwrap();
+    for _ in 0..2 {
+        shard("3/3", "dqrelo").exits(0);
+    }
+    assert!(!place.path("out").exists());
+    for _ in 0..2 {
+        finalize().exits(0);
+        assert!(contents(&place.path("out")) == contents(&place.path("undisturbed")));
+    }
     assert_eq!(place.names(), ["out", "undisturbed"]);
+    for bad in ["0/3", "4/3", "1", "a/b", "1/0"] {
+        shard(bad, "dqrelo").exits(2).says(&["expected I/N"]);
+    }
 }
 
 #[test]
@@ -128,45 +179,54 @@ fn a_killed_restore_leaves_nothing_under_the_name() {
 #[test]
 fn two_runs_do_not_write_the_same_folder() {
     let place = Place::new();
-    let fine_tune = endless(&place);
-    let child = waiting(&place, "sign");
-    let second = onebase(compress_args(&demo("math"), "sign", &place.path("out"))).exits(1);
-    second.says(&["error: another process is writing", "out"]);
-    // The first goes on when the pipe gives what it waits for.
-    std::fs::write(fine_tune.join("vocab.json"), "{}").unwrap();
+    let args = compress_args(&demo("math"), SLOW, &place.path("out"));
+    let child = silent(command(args)).spawn().unwrap();
+    wait_until("the run has begun", || n_lines(&place) > 0);
+    for restart in [false, true] {
+        let mut second = compress_args(&demo("math"), SLOW, &place.path("out"));
+        second.extend(restart.then(|| "--restart".to_owned()));
+        onebase(second).exits(1).says(&["error: another process is writing", "out"]);
+    }
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(0));
-    assert_eq!(place.names(), ["math", "out"]);
-    assert_eq!(contents(&place.path("out"))["vocab.json"], b"{}");
+    assert_eq!(place.names(), ["out"]);
+}
+
+/// The program where no file may grow past 64 blocks; writing on is an error, no signal.
+fn on_a_full_disk(args: &[String]) -> Run {
+    let script = "ulimit -f 64; trap '' XFSZ; exec \"$0\" \"$@\"";
+    let mut limited = Command::new("sh");
+    limited.args(["-c", script, PROGRAM]).args(args);
+    limited.env_remove("ONEBASE_KERNELS").env_remove("ONEBASE_THREADS");
+    Run::of(&mut limited)
 }
 
 #[test]
-fn a_full_disk_leaves_nothing() {
+fn a_full_disk_leaves_nothing_under_the_name() {
     let place = Place::new();
     place.compress("math", "sign", "a");
-    let (base, a, out) = (demo("base"), place.path("a"), place.path("out"));
-    let restore =
-        ["restore".as_ref(), base.as_os_str(), a.as_os_str(), "-o".as_ref(), out.as_os_str()];
-    let mut runs: Vec<Vec<std::ffi::OsString>> = vec![restore.map(Into::into).into()];
-    for codec in ["dense", "rtn", "sign"] {
-        let args = compress_args(&demo("math"), codec, &out);
-        runs.push(args.into_iter().map(Into::into).collect());
-    }
-    for args in runs {
-        // No file may grow past 64 blocks; writing on is an error, no signal.
-        let script = "ulimit -f 64; trap '' XFSZ; exec \"$0\" \"$@\"";
-        let mut limited = Command::new("sh");
-        limited.args(["-c", script, PROGRAM]).args(&args);
-        limited.env_remove("ONEBASE_KERNELS").env_remove("ONEBASE_THREADS");
-        let run = Run::of(&mut limited).exits(1);
+    let (base, a, out) = (demo("base"), place.text("a"), place.text("out"));
+    let base = base.to_str().unwrap();
+    let restore = ["restore", base, &a, "-o", &out].map(str::to_owned);
+    let run = on_a_full_disk(&restore).exits(1);
+    assert_eq!(run.stdout, "");
+    run.says(&["error: cannot write", ".out.partial", "safetensors", "File too large"]);
+    assert_eq!(place.names(), ["a"]);
+}
+
+#[test]
+fn what_was_done_before_the_disk_was_full_is_not_lost() {
+    for codec in ["dense", "rtn", "dqrelo"] {
+        let place = Place::new();
+        undisturbed(&place, &demo("math"), codec);
+        let args = compress_args(&demo("math"), codec, &place.path("out"));
+        let run = on_a_full_disk(&args).exits(1);
         assert_eq!(run.stdout, "");
-        run.says(&[
-            "error: cannot write",
-            ".out.partial",
-            "safetensors",
-            "because: File too large",
-        ]);
-        assert_eq!(place.names(), ["a"]);
+        run.says(&["error: cannot write", WORK, "because: File too large"]);
+        assert_eq!(place.names(), [WORK, "undisturbed"]);
+        onebase(&args).exits(0);
+        assert!(contents(&place.path("out")) == contents(&place.path("undisturbed")));
+        assert_eq!(place.names(), ["out", "undisturbed"]);
     }
 }
 
@@ -176,7 +236,7 @@ fn a_folder_that_cannot_be_written_is_named() {
     std::fs::write(place.path("file"), "x").unwrap();
     let out = place.path("file").join("out");
     let run = onebase(compress_args(&demo("math"), "sign", &out)).exits(1);
-    run.says(&["error: cannot create", ".out.partial", "because: Not a directory"]);
+    run.says(&["error: cannot create", WORK, "because: Not a directory"]);
     assert_eq!(place.names(), ["file"]);
 }
 

@@ -33,6 +33,10 @@ pub struct Manifest {
     pub base: BaseRecord,
     /// What the fine-tune was called.
     pub fine_tune: String,
+    /// The digest of the fine-tune's tensors' names and digests; artifacts of earlier
+    /// programs have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fine_tune_blake3: Option<Digest>,
     /// The codecs in use; tensors name them by position.
     pub codecs: Vec<CodecRecord>,
     /// Every file but the manifest and the model card.
@@ -59,16 +63,20 @@ pub struct BaseRecord {
 }
 
 impl BaseRecord {
-    /// The record of a base with these tensors: BLAKE3 over `name digest\n` in
-    /// name order.
+    /// The record of a base with these tensors.
     pub fn new<'a>(name: &str, tensors: impl Iterator<Item = (&'a str, Digest)>) -> Self {
-        let sorted: BTreeMap<_, _> = tensors.collect();
-        let mut text = String::new();
-        for (tensor, digest) in sorted {
-            let _ = writeln!(text, "{tensor} {digest}");
-        }
-        Self { name: name.to_owned(), blake3: Digest::of(text.as_bytes()) }
+        Self { name: name.to_owned(), blake3: digest_of_tensors(tensors) }
     }
+}
+
+/// The digest of a model with these tensors: BLAKE3 over `name digest\n` in name order.
+pub fn digest_of_tensors<'a>(tensors: impl Iterator<Item = (&'a str, Digest)>) -> Digest {
+    let sorted: BTreeMap<_, _> = tensors.collect();
+    let mut text = String::new();
+    for (tensor, digest) in sorted {
+        let _ = writeln!(text, "{tensor} {digest}");
+    }
+    Digest::of(text.as_bytes())
 }
 
 /// A codec with its options, as used by some tensors.

@@ -4,16 +4,20 @@
 //! fine-tune is stored and the digest of every other file; the safetensors
 //! files hold the parts. See `SPEC.md` for the layout.
 
+mod journal;
+mod layout;
 mod manifest;
 mod quality;
 mod reader;
 mod record;
 mod writer;
 
+pub use journal::{Run, Shard};
+pub use layout::{Names, StoredTensor, predicted_sizes};
 pub use manifest::{
     BaseRecord, CodecRecord, FORMAT, FORMAT_VERSION, FileRecord, MANIFEST_FILE, MODEL_CARD_FILE,
-    Manifest, Role, Storage, TensorRecord,
+    Manifest, Role, Storage, TensorRecord, digest_of_tensors,
 };
 pub use quality::{CalibrationRecord, DeltaError, Perplexity, Quality, TaskQuality};
 pub use reader::{Artifact, ExactTensor, Sizes};
-pub use writer::{ArtifactWriter, Origin};
+pub use writer::{ArtifactWriter, Done, Origin, join};

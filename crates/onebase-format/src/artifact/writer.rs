@@ -1,23 +1,25 @@
-use std::collections::BTreeMap;
-use std::path::Path;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 
-use onebase_tensor::{DType, EncodedDelta, Part, PartData};
+use onebase_tensor::{DType, EncodedDelta};
 
-use super::manifest::{
-    ADDED_ROWS, BaseRecord, CodecRecord, FORMAT, FORMAT_VERSION, FileRecord, LINEAR_PREFIX,
-    MANIFEST_FILE, MODEL_CARD_FILE, Manifest, Role, Storage, TensorRecord, part_name,
-};
-use super::reader::Sizes;
+use super::journal::{Data, DoneTensor, Entry, Journal, Run, Shard};
+use super::layout::{Layout, Names, StoredTensor};
+use super::manifest::{CodecRecord, FileRecord, MANIFEST_FILE, MODEL_CARD_FILE, Manifest, Role};
+use super::reader::{Artifact, Sizes};
+use crate::atomic::{Lock, write_file};
+use crate::checkpoint::read_optional;
 use crate::error::Error;
 use crate::{Digest, Result, StagedFolder, TensorEntry, TensorWriter};
 
-/// Data bytes after which a tensor file is written and the next one begun. Until
-/// then its parts are held, since the header before them names them all.
-const FILE_BYTES: usize = 1 << 28;
+/// Beside the shards of an artifact: the digest of the manifest that they were joined to.
+const JOINED_FILE: &str = "joined";
 
 /// What the fine-tune's tensor was, whatever way it is stored.
 #[derive(Clone, Copy, Debug)]
 pub struct Origin<'a> {
+    /// Its position in the fine-tune, in the order of the forward pass.
+    pub index: usize,
     /// Its name.
     pub name: &'a str,
     /// What it is for.
@@ -28,59 +30,104 @@ pub struct Origin<'a> {
     pub shape: &'a [usize],
     /// Digest of the base's tensor of the same name.
     pub base: Digest,
+    /// Digest of the tensor itself.
+    pub fine_tune: Digest,
 }
 
-/// Writes an artifact tensor by tensor; nothing is under its name before
-/// [`ArtifactWriter::finish`].
+/// A tensor that an earlier process of the same run has done.
+#[derive(Clone, Copy, Debug)]
+pub struct Done {
+    /// Its position in the fine-tune.
+    pub index: usize,
+    /// Digest of the base's tensor.
+    pub base: Digest,
+    /// Digest of the fine-tune's tensor.
+    pub fine_tune: Digest,
+}
+
+/// Writes an artifact, or a shard of one, tensor by tensor. What is done is kept in a
+/// folder beside it until [`ArtifactWriter::finish`], and a process of the same run goes
+/// on with what an earlier one has left there.
 #[derive(Debug)]
 pub struct ArtifactWriter {
-    folder: StagedFolder,
-    manifest: Manifest,
-    linear: Files,
-    rest: Files,
+    target: PathBuf,
+    /// Until it is finished or dropped.
+    journal: Option<Journal>,
+    keep: bool,
 }
 
 impl ArtifactWriter {
-    /// Starts an artifact in the folder `target`, which must not exist.
+    /// Starts an artifact in the folder `target`, which must not exist, or goes on with
+    /// what an interrupted process of the same run has done; `restart` throws that
+    /// away.
     ///
     /// # Errors
-    /// When the folder exists or cannot be written.
-    pub fn create(target: &Path, tool: &str, fine_tune: &str) -> Result<Self> {
-        Ok(Self {
-            folder: StagedFolder::create(target)?,
-            manifest: Manifest {
-                format: FORMAT.to_owned(),
-                version: FORMAT_VERSION,
-                tool: tool.to_owned(),
-                // Known when every tensor is.
-                base: BaseRecord::new("", std::iter::empty()),
-                fine_tune: fine_tune.to_owned(),
-                codecs: Vec::new(),
-                files: BTreeMap::new(),
-                inherited: BTreeMap::new(),
-                tensors: BTreeMap::new(),
-                quality: None,
-            },
-            linear: Files::new(LINEAR_PREFIX),
-            rest: Files::new("rest-"),
+    /// When the folder exists or cannot be written, or what is there is of another run.
+    pub fn open(target: &Path, run: &Run, restart: bool) -> Result<Self> {
+        let dir = work_folder(target, run.shard)?;
+        if target.symlink_metadata().is_ok() {
+            // What a process has left that ended between the last two steps.
+            remove_if_joined(target, &dir)?;
+            return Err(Error::Exists { path: target.to_owned() });
+        }
+        if restart && dir.exists() {
+            // Locked, so that no process loses its folder while it writes.
+            let _lock = Lock::take(&dir, target)?;
+            std::fs::remove_dir_all(&dir).map_err(Error::io("remove", &dir))?;
+        }
+        let journal = Journal::open(&dir, run).map_err(|error| match error {
+            Error::Busy { .. } => Error::Busy { path: target.to_owned() },
+            other => other,
+        })?;
+        Ok(Self { target: target.to_owned(), journal: Some(journal), keep: false })
+    }
+
+    /// What earlier processes have done, in the order in which they did it.
+    pub fn done(&self) -> impl Iterator<Item = Done> {
+        let entries = self.journal.iter().flat_map(Journal::entries);
+        entries.filter_map(|entry| match entry {
+            Entry::Tensor(done) => Some(Done {
+                index: done.tensor.index,
+                base: done.tensor.record.base,
+                fine_tune: done.tensor.fine_tune,
+            }),
+            _ => None,
         })
     }
 
-    /// Records a tensor that is the base's.
-    pub fn put_unchanged(&mut self, origin: Origin<'_>) {
-        self.record(origin, Storage::Unchanged);
+    /// Whether a file beside the weights is stored or recorded already.
+    pub fn has_file(&self, name: &str) -> bool {
+        let entries = self.journal.iter().flat_map(Journal::entries);
+        entries.into_iter().any(|entry| match entry {
+            Entry::File { name: known, .. } | Entry::Inherited { name: known, .. } => known == name,
+            Entry::Tensor(_) | Entry::End => false,
+        })
     }
 
-    /// Stores a tensor as it is.
+    /// Whether earlier processes have done everything.
+    pub fn is_complete(&self) -> bool {
+        self.journal.as_ref().is_some_and(Journal::is_complete)
+    }
+
+    /// Where what is done is kept.
+    pub fn work_folder(&self) -> &Path {
+        self.journal.as_ref().map_or(&self.target, |journal| journal.dir())
+    }
+
+    /// Keeps what is done for a later process, whatever happens; else only what
+    /// ends the process does.
+    pub fn keep(&mut self) {
+        self.keep = true;
+    }
+
+    /// Stores a tensor whose bytes are at hand, or one that has none.
+    ///
+    /// Panics when the bytes are not as many as the tensor says.
     ///
     /// # Errors
     /// When it cannot be written.
-    pub fn put_exact(&mut self, origin: Origin<'_>, bytes: &[u8]) -> Result<()> {
-        let part = part(origin.dtype, origin.shape, bytes);
-        let file = self.rest.file(&self.folder, &mut self.manifest.files)?;
-        self.rest.parts.push((origin.name.to_owned(), part));
-        self.record(origin, Storage::Exact { file });
-        Ok(())
+    pub fn put(&mut self, tensor: StoredTensor, bytes: &[u8]) -> Result<()> {
+        self.put_all(tensor, &[bytes])
     }
 
     /// Stores a tensor as an encoded delta; `added_rows` are the bytes of the
@@ -92,39 +139,25 @@ impl ArtifactWriter {
         &mut self,
         origin: Origin<'_>,
         codec: CodecRecord,
-        delta: EncodedDelta,
+        delta: &EncodedDelta,
         added_rows: &[u8],
     ) -> Result<()> {
+        let parts = delta.parts.iter();
+        let parts = parts.map(|(name, part)| (name.as_str(), part.dtype(), part.shape().to_vec()));
         let n_added = origin.shape[0] - delta.shape[0];
-        let names = delta.parts.keys().cloned().collect();
-        let mut parts: Vec<(String, Part)> = Vec::new();
-        parts.extend(delta.parts.into_iter().map(|(n, p)| (part_name(origin.name, &n), p)));
-        if n_added > 0 {
-            let shape = [n_added, delta.shape[1]];
-            let rows = part(origin.dtype, &shape, added_rows);
-            parts.push((part_name(origin.name, ADDED_ROWS), rows));
-        }
-        let files = if origin.role == Role::Linear { &mut self.linear } else { &mut self.rest };
-        let file = files.file(&self.folder, &mut self.manifest.files)?;
-        files.parts.append(&mut parts);
-        let known = self.manifest.codecs.iter().position(|c| *c == codec);
-        let codec = known.unwrap_or_else(|| {
-            self.manifest.codecs.push(codec);
-            self.manifest.codecs.len() - 1
-        });
-        self.record(origin, Storage::Codec { codec, file, parts: names, added_rows: n_added });
-        Ok(())
+        let tensor = StoredTensor::delta(origin, codec, parts, n_added);
+        let data: Vec<_> = delta.parts.values().map(|part| part.data().to_le_bytes()).collect();
+        let bytes: Vec<&[u8]> = data.iter().map(AsRef::as_ref).chain([added_rows]).collect();
+        self.put_all(tensor, &bytes)
     }
 
-    fn record(&mut self, origin: Origin<'_>, storage: Storage) {
-        let record = TensorRecord {
-            role: origin.role,
-            dtype: origin.dtype.name().to_owned(),
-            shape: origin.shape.to_vec(),
-            base: origin.base,
-            storage,
-        };
-        self.manifest.tensors.insert(origin.name.to_owned(), record);
+    fn put_all(&mut self, tensor: StoredTensor, bytes: &[&[u8]]) -> Result<()> {
+        let expected: usize = tensor.entries.iter().map(TensorEntry::size_bytes).sum();
+        let got: usize = bytes.iter().map(|bytes| bytes.len()).sum();
+        assert_eq!(got, expected, "bytes of {}", tensor.name);
+        let journal = self.journal();
+        let span = journal.put(bytes.iter().copied())?;
+        journal.record(Entry::Tensor(Box::new(DoneTensor { tensor, span })))
     }
 
     /// Stores a file beside the weights.
@@ -132,42 +165,241 @@ impl ArtifactWriter {
     /// # Errors
     /// When it cannot be written.
     pub fn put_file(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
-        self.folder.write(name, bytes)?;
-        let record = FileRecord { bytes: bytes.len() as u64, blake3: Digest::of(bytes) };
-        self.manifest.files.insert(name.to_owned(), record);
-        Ok(())
+        let journal = self.journal();
+        let span = journal.put([bytes].into_iter())?;
+        journal.record(Entry::File { name: name.to_owned(), span })
     }
 
     /// Records a file that is the base's to the byte.
-    pub fn inherit_file(&mut self, name: &str, bytes: &[u8]) {
-        self.manifest.inherited.insert(name.to_owned(), Digest::of(bytes));
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn inherit_file(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+        let entry = Entry::Inherited { name: name.to_owned(), blake3: Digest::of(bytes) };
+        self.journal().record(entry)
+    }
+
+    /// Completes the shard; [`join`] makes the artifact when all are complete.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn finish_shard(mut self) -> Result<()> {
+        self.keep = true;
+        let journal = self.journal();
+        if journal.is_complete() { Ok(()) } else { journal.record(Entry::End) }
     }
 
     /// Completes the artifact and gives it its name. `model_card` makes the text
     /// of the model card from the manifest and the sizes, its own included.
     ///
     /// # Errors
-    /// When something cannot be written; nothing is left then.
+    /// When something cannot be written; what is done stays.
     pub fn finish(
         mut self,
-        base_name: &str,
         model_card: impl Fn(&Manifest, &Sizes) -> String,
     ) -> Result<(Manifest, Sizes)> {
-        self.linear.close(&self.folder, &mut self.manifest.files)?;
-        self.rest.close(&self.folder, &mut self.manifest.files)?;
-        let digests = self.manifest.tensors.iter().map(|(n, t)| (n.as_str(), t.base));
-        self.manifest.base = BaseRecord::new(base_name, digests);
-        let json = self
-            .manifest
-            .to_json()
-            .map_err(|source| Error::Json { path: self.folder.path(MANIFEST_FILE), source })?;
-        let (card, sizes) =
-            settle_card(&self.manifest, json.len(), |sizes| model_card(&self.manifest, sizes));
-        self.folder.write(MODEL_CARD_FILE, card.as_bytes())?;
-        self.folder.write(MANIFEST_FILE, json.as_bytes())?;
-        self.folder.commit()?;
-        Ok((self.manifest, sizes))
+        self.keep = true;
+        let target = self.target.clone();
+        let journal = self.journal();
+        if !journal.is_complete() {
+            journal.record(Entry::End)?;
+        }
+        let dir = journal.dir().to_owned();
+        let written = assemble(&target, &dir, std::slice::from_ref(journal), model_card)?;
+        if let Some(journal) = self.journal.take() {
+            journal.remove()?;
+        }
+        Ok(written)
     }
+
+    fn journal(&mut self) -> &mut Journal {
+        match &mut self.journal {
+            Some(journal) => journal,
+            None => unreachable!("it is there until the writer is gone"),
+        }
+    }
+}
+
+impl Drop for ArtifactWriter {
+    fn drop(&mut self) {
+        if let Some(journal) = self.journal.take().filter(|_| !self.keep) {
+            // The error that led here is the one to report.
+            let _ = journal.remove();
+        }
+    }
+}
+
+/// Joins the shards of an artifact that lie beside its folder `target`, when all of them
+/// are complete. Joined already, it is only read.
+///
+/// # Errors
+/// When a shard is missing, incomplete, of another run or still being written, when the
+/// folder is there and is not what the shards were joined to, or something cannot be
+/// read or written.
+pub fn join(
+    target: &Path,
+    model_card: impl Fn(&Manifest, &Sizes) -> String,
+) -> Result<(Manifest, Sizes)> {
+    let dir = shards_folder(target)?;
+    if target.symlink_metadata().is_ok() {
+        if dir.exists() && !remove_if_joined(target, &dir)? {
+            return Err(Error::Exists { path: target.to_owned() });
+        }
+        let artifact = Artifact::open(target)?;
+        return Ok((artifact.manifest().clone(), artifact.sizes()));
+    }
+    let mut names = Vec::new();
+    let entries = std::fs::read_dir(&dir).map_err(Error::io("read", &dir))?;
+    for entry in entries {
+        names.push(entry.map_err(Error::io("read", &dir))?.path());
+    }
+    names.sort();
+    let mut journals: Vec<Journal> = Vec::new();
+    for name in names.iter().filter(|name| name.is_dir()) {
+        let journal = Journal::read(name)?;
+        if let Some(first) = journals.first() {
+            first.run().check_same(journal.run(), name)?;
+        }
+        journals.push(journal);
+    }
+    let Some(first) = journals.first() else {
+        return Err(Error::NotA { path: dir, expected: "folder of shards", missing: "1-of-N" });
+    };
+    let count = first.run().shard.count;
+    journals.sort_by_key(|journal| journal.run().shard);
+    for index in 1..=count {
+        let path = || dir.join(shard_name(Shard { index, count }));
+        match journals.get(index - 1) {
+            Some(journal) if journal.run().shard == (Shard { index, count }) => {
+                if !journal.is_complete() {
+                    return Err(Error::UnfinishedShard { path: path(), index, count });
+                }
+            }
+            Some(other) if other.run().shard.count != count => {
+                return Err(Error::OtherRun {
+                    path: other.dir().to_owned(),
+                    what: "number of shards".to_owned(),
+                    expected: count.to_string(),
+                    got: other.run().shard.count.to_string(),
+                });
+            }
+            _ => return Err(Error::UnfinishedShard { path: path(), index, count }),
+        }
+    }
+    let written = assemble(target, &dir, &journals, model_card)?;
+    std::fs::remove_dir_all(&dir).map_err(Error::io("remove", &dir))?;
+    Ok(written)
+}
+
+/// Writes the artifact from what complete journals hold, and leaves in `work` the digest
+/// of its manifest.
+fn assemble(
+    target: &Path,
+    work: &Path,
+    journals: &[Journal],
+    model_card: impl Fn(&Manifest, &Sizes) -> String,
+) -> Result<(Manifest, Sizes)> {
+    let Some(run) = journals.first().map(Journal::run) else {
+        unreachable!("an artifact has a journal")
+    };
+    let mut tensors: Vec<(&DoneTensor, usize)> = Vec::new();
+    for (source, journal) in journals.iter().enumerate() {
+        let entries = journal.entries().iter();
+        tensors.extend(entries.filter_map(|entry| match entry {
+            Entry::Tensor(done) => Some((&**done, source)),
+            _ => None,
+        }));
+    }
+    tensors.sort_by_key(|(done, _)| done.tensor.index);
+    let in_place = tensors.iter().enumerate().all(|(i, (done, _))| done.tensor.index == i);
+    if tensors.len() != run.n_tensors || !in_place {
+        return Err(Error::OtherRun {
+            path: work.to_owned(),
+            what: "number of tensors".to_owned(),
+            expected: run.n_tensors.to_string(),
+            got: tensors.len().to_string(),
+        });
+    }
+    let mut data = journals.iter().map(Journal::data).collect::<Result<Vec<Data>>>()?;
+    let names = Names { tool: &run.tool, base: &run.base, fine_tune: &run.fine_tune };
+    let stored: Vec<&StoredTensor> = tensors.iter().map(|(done, _)| &done.tensor).collect();
+    let Layout { mut manifest, files } = Layout::new(names, &stored)?;
+    let folder = StagedFolder::create(target)?;
+    for file in files {
+        let mut writer = TensorWriter::create(&folder.path(&file.name), &file.entries)?;
+        for index in file.tensors {
+            let (done, source) = tensors[index];
+            data[source].copy(done.span, |block| writer.write(block))?;
+        }
+        let (bytes, blake3) = writer.finish()?;
+        manifest.files.insert(file.name, FileRecord { bytes, blake3 });
+    }
+    for (journal, data) in journals.iter().zip(&mut data) {
+        for entry in journal.entries() {
+            match entry {
+                Entry::File { name, span } => {
+                    folder.write(name, &data.read(*span)?)?;
+                    let record = FileRecord { bytes: span.bytes, blake3: span.blake3 };
+                    manifest.files.insert(name.clone(), record);
+                }
+                Entry::Inherited { name, blake3 } => {
+                    manifest.inherited.insert(name.clone(), *blake3);
+                }
+                Entry::Tensor(_) | Entry::End => {}
+            }
+        }
+    }
+    let json = manifest
+        .to_json()
+        .map_err(|source| Error::Json { path: folder.path(MANIFEST_FILE), source })?;
+    let (card, sizes) = settle_card(&manifest, json.len(), |sizes| model_card(&manifest, sizes));
+    folder.write(MODEL_CARD_FILE, card.as_bytes())?;
+    folder.write(MANIFEST_FILE, json.as_bytes())?;
+    write_file(&work.join(JOINED_FILE), Digest::of(json.as_bytes()).to_string().as_bytes())?;
+    folder.commit()?;
+    Ok((manifest, sizes))
+}
+
+/// Removes what is left beside an artifact that it was made from; `false` where that
+/// is not so.
+fn remove_if_joined(target: &Path, work: &Path) -> Result<bool> {
+    let (Some(joined), Some(manifest)) =
+        (read_optional(&work.join(JOINED_FILE))?, read_optional(&target.join(MANIFEST_FILE))?)
+    else {
+        return Ok(false);
+    };
+    if joined != Digest::of(&manifest).to_string().as_bytes() {
+        return Ok(false);
+    }
+    std::fs::remove_dir_all(work).map_err(Error::io("remove", work))?;
+    Ok(true)
+}
+
+/// Where a run keeps what it has done.
+fn work_folder(target: &Path, shard: Shard) -> Result<PathBuf> {
+    if shard == Shard::WHOLE {
+        return beside(target, ".", ".work");
+    }
+    Ok(shards_folder(target)?.join(shard_name(shard)))
+}
+
+/// Where the shards of an artifact lie.
+fn shards_folder(target: &Path) -> Result<PathBuf> {
+    beside(target, "", ".shards")
+}
+
+fn shard_name(Shard { index, count }: Shard) -> String {
+    format!("{index}-of-{count}")
+}
+
+fn beside(target: &Path, before: &str, after: &str) -> Result<PathBuf> {
+    let Some(name) = target.file_name() else {
+        return Err(Error::Exists { path: target.to_owned() });
+    };
+    let mut full = OsString::from(before);
+    full.push(name);
+    full.push(after);
+    Ok(target.with_file_name(full))
 }
 
 /// A model card that states the folder's sizes, its own included, and the sizes.
@@ -187,71 +419,4 @@ pub(super) fn settle_card(
         card = next;
     }
     (card, sizes)
-}
-
-/// The bytes of a tensor of this shape as a part.
-///
-/// Panics when they are not as many: the caller read them from that tensor.
-fn part(dtype: DType, shape: &[usize], bytes: &[u8]) -> Part {
-    let data = PartData::from_le_bytes(dtype, bytes);
-    match data.and_then(|data| Part::new(shape.to_vec(), data)) {
-        Some(part) => part,
-        None => unreachable!("{} bytes for {dtype} {shape:?}", bytes.len()),
-    }
-}
-
-/// A numbered sequence of tensor files, the last one not yet written.
-#[derive(Debug)]
-struct Files {
-    prefix: &'static str,
-    n_written: usize,
-    parts: Vec<(String, Part)>,
-}
-
-impl Files {
-    fn new(prefix: &'static str) -> Self {
-        Self { prefix, n_written: 0, parts: Vec::new() }
-    }
-
-    fn name(&self) -> String {
-        format!("{}{:05}.safetensors", self.prefix, self.n_written + 1)
-    }
-
-    /// The file that the next tensor goes to.
-    fn file(
-        &mut self,
-        folder: &StagedFolder,
-        files: &mut BTreeMap<String, FileRecord>,
-    ) -> Result<String> {
-        if self.parts.iter().map(|(_, p)| p.size_bytes()).sum::<usize>() >= FILE_BYTES {
-            self.close(folder, files)?;
-        }
-        Ok(self.name())
-    }
-
-    /// Writes the parts that are held.
-    fn close(
-        &mut self,
-        folder: &StagedFolder,
-        files: &mut BTreeMap<String, FileRecord>,
-    ) -> Result<()> {
-        if self.parts.is_empty() {
-            return Ok(());
-        }
-        let name = self.name();
-        let entry = |(name, part): &(String, Part)| TensorEntry {
-            name: name.clone(),
-            dtype: part.dtype(),
-            shape: part.shape().to_vec(),
-        };
-        let entries: Vec<TensorEntry> = self.parts.iter().map(entry).collect();
-        let mut writer = TensorWriter::create(&folder.path(&name), &entries)?;
-        for (_, part) in self.parts.drain(..) {
-            writer.write(&part.data().to_le_bytes())?;
-        }
-        let (bytes, blake3) = writer.finish()?;
-        files.insert(name, FileRecord { bytes, blake3 });
-        self.n_written += 1;
-        Ok(())
-    }
 }

@@ -10,7 +10,10 @@ use std::path::Path;
 use std::sync::LazyLock;
 
 use onebase_format::Digest;
-use onebase_format::artifact::{ArtifactWriter, CodecRecord, MANIFEST_FILE, Origin, Role};
+use onebase_format::artifact::{
+    ArtifactWriter, CodecRecord, MANIFEST_FILE, Manifest, Origin, Role, Run, Shard, Sizes,
+    StoredTensor,
+};
 use onebase_tensor::{DType, EncodedDelta, PartData};
 use serde_json::{Map, Value, json};
 use tempfile::{TempDir, tempdir};
@@ -106,18 +109,48 @@ pub(crate) fn base_digest(tensor: &str) -> Digest {
     Digest::of(tensor.as_bytes())
 }
 
+/// What [`put_artifact`] writes.
+pub(crate) fn run_of_artifact(shard: Shard) -> Run {
+    Run {
+        tool: "test 1".into(),
+        base: "base".into(),
+        fine_tune: "tuned".into(),
+        inputs: Digest::of(b"inputs"),
+        options: Map::new(),
+        n_tensors: 4,
+        shard,
+    }
+}
+
 /// An artifact with a tensor stored in each way and a file of each kind: a
 /// linear site and embeddings with two added rows as deltas, a norm as it is, a
 /// second linear site of the base.
 pub(crate) fn artifact(dir: &Path) {
-    let mut writer = ArtifactWriter::create(dir, "test 1", "tuned").unwrap();
+    let mut writer = ArtifactWriter::open(dir, &run_of_artifact(Shard::WHOLE), false).unwrap();
+    put_artifact(&mut writer, |_| true, true);
+    writer.finish(card).unwrap();
+}
+
+pub(crate) fn card(_: &Manifest, _: &Sizes) -> String {
+    "a card\n".to_owned()
+}
+
+/// Puts the tensors at some positions of that artifact, and the files if they are wanted
+/// and not there.
+pub(crate) fn put_artifact(
+    writer: &mut ArtifactWriter,
+    is_ours: impl Fn(usize) -> bool,
+    files: bool,
+) {
     let codec = |name: &str| CodecRecord { name: name.into(), version: 1, options: Map::new() };
-    let origin = |name, role, shape| Origin {
+    let origin = |index, name, role, shape| Origin {
+        index,
         name,
         role,
         dtype: DType::BF16,
         shape,
         base: base_digest(name),
+        fine_tune: Digest::of(b"tuned"),
     };
     let delta = |rows: usize| {
         let codes = PartData::U8((0..rows as u8 * 4).collect());
@@ -127,15 +160,28 @@ pub(crate) fn artifact(dir: &Path) {
             [("codes", vec![rows, 4], codes), ("scale", vec![rows], scale)],
         )
     };
-    let up = origin("layer.up.weight", Role::Linear, &[3, 8]);
-    writer.put_delta(up, codec("one"), delta(3), &[]).unwrap();
-    writer.put_unchanged(origin("layer.down.weight", Role::Linear, &[8, 3]));
-    let embedding = origin("embed.weight", Role::Embedding, &[6, 8]);
-    writer.put_delta(embedding, codec("two"), delta(4), &[9; 2 * 8 * 2]).unwrap();
-    writer.put_exact(origin("norm.weight", Role::Vector, &[8]), &[1; 16]).unwrap();
-    writer.put_file("config.json", b"{\"hidden_size\": 8}").unwrap();
-    writer.inherit_file("tokenizer.json", b"{}");
-    writer.finish("base", |_, _| "a card\n".to_owned()).unwrap();
+    if is_ours(0) {
+        let up = origin(0, "layer.up.weight", Role::Linear, &[3, 8]);
+        writer.put_delta(up, codec("one"), &delta(3), &[]).unwrap();
+    }
+    if is_ours(1) {
+        let down = origin(1, "layer.down.weight", Role::Linear, &[8, 3]);
+        writer.put(StoredTensor::unchanged(down), &[]).unwrap();
+    }
+    if is_ours(2) {
+        let embedding = origin(2, "embed.weight", Role::Embedding, &[6, 8]);
+        writer.put_delta(embedding, codec("two"), &delta(4), &[9; 2 * 8 * 2]).unwrap();
+    }
+    if is_ours(3) {
+        let norm = origin(3, "norm.weight", Role::Vector, &[8]);
+        writer.put(StoredTensor::exact(norm), &[1; 16]).unwrap();
+    }
+    if files && !writer.has_file("config.json") {
+        writer.put_file("config.json", b"{\"hidden_size\": 8}").unwrap();
+    }
+    if files && !writer.has_file("tokenizer.json") {
+        writer.inherit_file("tokenizer.json", b"{}").unwrap();
+    }
 }
 
 /// Changes an artifact's manifest.

@@ -7,13 +7,13 @@
 
 use std::path::{Path, PathBuf};
 
-use onebase_format::Checkpoint;
-use onebase_format::artifact::{Artifact, ArtifactWriter, Origin};
+use onebase_format::artifact::{Artifact, ArtifactWriter, Origin, Run, Shard, StoredTensor};
+use onebase_format::{Checkpoint, Digest};
 use onebase_model::{
     KvCache, Logits, Model, ModelConfig, Request, SamplingParams, Segment, Tenant, TextModel,
     tensor_specs,
 };
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
@@ -51,22 +51,36 @@ pub(crate) fn with_config(from: &Path, dir: &Path, edit: impl FnOnce(&mut Value)
 pub(crate) fn tenant(model: &Model, edit: impl FnOnce(&mut Value)) -> Tenant {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("artifact");
-    let mut writer = ArtifactWriter::create(&out, "test", "tuned").unwrap();
     let base = model.checkpoint();
-    for spec in tensor_specs(model.config()) {
+    let specs = tensor_specs(model.config());
+    let run = Run {
+        tool: "test".into(),
+        base: "base".into(),
+        fine_tune: "tuned".into(),
+        inputs: Digest::of(b""),
+        options: Map::new(),
+        n_tensors: specs.len(),
+        shard: Shard::WHOLE,
+    };
+    let mut writer = ArtifactWriter::open(&out, &run, false).unwrap();
+    for (index, spec) in specs.iter().enumerate() {
         let tensor = base.tensor(&spec.name).unwrap();
-        writer.put_unchanged(Origin {
+        let digest = tensor.digest().unwrap();
+        let origin = Origin {
+            index,
             name: &spec.name,
             role: spec.role,
             dtype: tensor.dtype(),
             shape: tensor.shape(),
-            base: tensor.digest().unwrap(),
-        });
+            base: digest,
+            fine_tune: digest,
+        };
+        writer.put(StoredTensor::unchanged(origin), &[]).unwrap();
     }
     let mut config = base.config().clone();
     edit(&mut config);
     writer.put_file("config.json", config.to_string().as_bytes()).unwrap();
-    writer.finish("base", |_, _| String::new()).unwrap();
+    writer.finish(|_, _| String::new()).unwrap();
     let artifact = Artifact::open(&out).unwrap();
     assert!(ModelConfig::of_artifact(&artifact, base).is_ok());
     Tenant::load(model, &artifact).unwrap()

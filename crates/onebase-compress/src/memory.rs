@@ -1,0 +1,53 @@
+use onebase_format::artifact::Role;
+use onebase_format::{CONFIG_FILE, SIDE_FILES};
+
+use crate::{Pair, Plan, Result};
+
+/// The most memory that compressing takes, and what takes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExpectedMemory {
+    /// Bytes.
+    pub bytes: u64,
+    /// The tensor that needs most.
+    pub tensor: String,
+}
+
+/// What the program itself, headers and records take, and memory that the allocator
+/// holds back.
+const PROGRAM_BYTES: usize = 64 << 20;
+
+/// Blocks that are compared, hashed and copied while a tensor is encoded.
+const BLOCK_BYTES: usize = 8 << 20;
+
+/// The most memory that [`crate::compress`] takes on `n_threads` threads, whatever the
+/// number of tensors.
+///
+/// # Errors
+/// When a checkpoint cannot be read.
+pub fn expected_memory(pair: &Pair, plan: &Plan, n_threads: usize) -> Result<ExpectedMemory> {
+    let mut most = (0, String::new());
+    for spec in &pair.specs {
+        let base = pair.base.tensor(&spec.name)?;
+        let fine_tune = pair.fine_tune.tensor(&spec.name)?;
+        let bytes = match plan.codec(spec.role) {
+            Some(codec) => {
+                let shape = [base.shape()[0], base.shape().get(1).copied().unwrap_or(1)];
+                let added = (fine_tune.n_weights() - base.n_weights()) * size_of::<f32>();
+                codec.working_bytes(shape, n_threads) + added
+            }
+            None => fine_tune.size_bytes() + BLOCK_BYTES,
+        };
+        // What is the base's is only compared.
+        if bytes > most.0 {
+            most = (bytes, spec.name.clone());
+        }
+    }
+    let mut side_files = 0;
+    for name in SIDE_FILES.into_iter().chain([CONFIG_FILE]) {
+        let bytes = pair.fine_tune.side_file(name)?.map_or(0, |bytes| bytes.len());
+        side_files = side_files.max(2 * bytes);
+    }
+    debug_assert!(pair.specs.iter().any(|spec| spec.role != Role::Vector));
+    let bytes = PROGRAM_BYTES + BLOCK_BYTES + most.0.max(side_files);
+    Ok(ExpectedMemory { bytes: bytes as u64, tensor: most.1 })
+}
