@@ -3,6 +3,7 @@ use std::ops::Range;
 use half::bf16;
 use onebase_kernels::Backend;
 use onebase_tensor::{DType, MatrixMut, MatrixRef, PartData, PartSpec, WeightRef, saturating_bf16};
+use rayon::prelude::*;
 
 use crate::numerics::Truncated;
 
@@ -19,6 +20,9 @@ pub(crate) struct Factors {
 /// Rows and input features that are decoded at a time: an element of `v` is
 /// widened once for all the rows, and their sums stay in the first-level cache.
 const TILE: [usize; 2] = [8, 256];
+
+/// Rows of `u` that one task rounds: they stay in the first-level cache.
+const TASK_ROWS: usize = 64;
 
 impl Factors {
     /// Factors `[out_features, rank]` and `[rank, in_features]` of a matrix
@@ -37,11 +41,19 @@ impl Factors {
         let roots: Vec<f64> = svd.s.iter().map(|s| s.sqrt()).collect();
         #[allow(clippy::cast_possible_truncation)]
         let round = |vector: f32, root: f64| saturating_bf16((f64::from(vector) * root) as f32);
-        let mut u = Vec::with_capacity(n_rows * rank);
-        for row in 0..n_rows {
-            u.extend((0..rank).map(|r| round(svd.u[r * n_rows + row], roots[r])));
-        }
-        let v = svd.v.iter().enumerate().map(|(i, v)| round(*v, roots[i / n_cols])).collect();
+        let mut u = vec![bf16::ZERO; n_rows * rank];
+        let mut v = vec![bf16::ZERO; rank * n_cols];
+        u.par_chunks_mut((TASK_ROWS * rank).max(1)).enumerate().for_each(|(task, u)| {
+            for (r, root) in roots.iter().enumerate() {
+                let column = &svd.u[r * n_rows + task * TASK_ROWS..];
+                let places = u[r..].iter_mut().step_by(rank);
+                places.zip(column).for_each(|(u, vector)| *u = round(*vector, *root));
+            }
+        });
+        let rows = v.par_chunks_mut(n_cols.max(1)).zip(svd.v.par_chunks(n_cols.max(1)));
+        rows.zip(&roots).for_each(|((v, row), root)| {
+            v.iter_mut().zip(row).for_each(|(v, vector)| *v = round(*vector, *root));
+        });
         Self { shape, rank, u, v }
     }
 

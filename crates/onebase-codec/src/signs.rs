@@ -130,7 +130,13 @@ impl Signs {
 
     /// Takes what is stored off weights of rows, `[rows.len(), in_features]`.
     pub(crate) fn take_off(&self, rows: Range<usize>, weights: &mut [f32]) {
-        self.visit(rows, weights, |weight, stored| *weight = finite_sum(*weight, -stored));
+        let n_cols = self.shape[1];
+        let plane = plane_bytes(n_cols);
+        let backend = Backend::active();
+        for (row, weights) in rows.zip(weights.chunks_mut(n_cols.max(1))) {
+            let bits = &self.bits[row * plane..(row + 1) * plane];
+            backend.take_signs(bits, self.scale[row], weights);
+        }
     }
 
     /// `y += x Δᵀ`, as [`crate::DeltaLinear::add_to`].

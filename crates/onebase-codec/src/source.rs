@@ -1,5 +1,6 @@
 use std::ops::Range;
 
+use onebase_kernels::thin::GROUP;
 use onebase_tensor::MatrixRef;
 use rayon::prelude::*;
 
@@ -71,10 +72,10 @@ pub fn for_each_block<C: Send, S: Send>(
     })
 }
 
-/// Bytes of the blocks that threads hold while they read a delta: weights of both sides
-/// and the difference, and a piece that is taken off it.
+/// Bytes that threads hold while they read a delta: blocks of weights of both sides, the
+/// difference and what is taken off it, and rows that wait for a product.
 pub(crate) fn reading_bytes([_, n_cols]: [usize; 2], n_threads: usize) -> usize {
-    n_threads * BLOCK_WEIGHTS.max(n_cols) * 6 * size_of::<f32>()
+    n_threads * (6 * BLOCK_WEIGHTS.max(n_cols) + GROUP * n_cols) * size_of::<f32>()
 }
 
 /// Reads rows of a delta, `[rows.len(), in_features]`.
@@ -126,7 +127,7 @@ pub(crate) fn take(weights: &mut [f32], write: impl FnOnce(&mut [f32])) {
 }
 
 /// Checks rows from `first` on.
-fn check_finite(weights: &[f32], first: usize, n_cols: usize) -> Result<()> {
+pub(crate) fn check_finite(weights: &[f32], first: usize, n_cols: usize) -> Result<()> {
     match first_not_finite(weights) {
         None => Ok(()),
         Some(at) => {

@@ -43,10 +43,10 @@ fn encoding_holds_no_more_than_was_said() {
             }
         }
     }
-    for n_threads in [1, 4] {
+    for n_threads in [1, 7] {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(n_threads).build().unwrap();
         for spec in &specs {
-            for shape in [[128, 1024], [2048, 160], [512, 512]] {
+            for shape in [[128, 1024], [4096, 160], [512, 512]] {
                 let said = spec.working_bytes(shape, n_threads);
                 let before = MEMORY.current_usage();
                 MEMORY.reset_peak_usage();

@@ -1,4 +1,3 @@
-use onebase_format::artifact::Role;
 use onebase_format::{CONFIG_FILE, SIDE_FILES};
 
 use crate::{Pair, Plan, Result};
@@ -14,7 +13,7 @@ pub struct ExpectedMemory {
 
 /// What the program itself, headers and records take, and memory that the allocator
 /// holds back.
-const PROGRAM_BYTES: usize = 64 << 20;
+const PROGRAM_BYTES: usize = 32 << 20;
 
 /// Blocks that are compared, hashed and copied while a tensor is encoded.
 const BLOCK_BYTES: usize = 8 << 20;
@@ -47,7 +46,6 @@ pub fn expected_memory(pair: &Pair, plan: &Plan, n_threads: usize) -> Result<Exp
         let bytes = pair.fine_tune.side_file(name)?.map_or(0, |bytes| bytes.len());
         side_files = side_files.max(2 * bytes);
     }
-    debug_assert!(pair.specs.iter().any(|spec| spec.role != Role::Vector));
     let bytes = PROGRAM_BYTES + BLOCK_BYTES + most.0.max(side_files);
     Ok(ExpectedMemory { bytes: bytes as u64, tensor: most.1 })
 }

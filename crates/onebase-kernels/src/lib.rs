@@ -23,6 +23,7 @@ mod parallel;
 mod sign;
 #[cfg(test)]
 mod tests;
+pub mod thin;
 mod tiles;
 mod vector;
 #[cfg(target_arch = "x86_64")]

@@ -61,6 +61,49 @@ impl Backend {
     }
 }
 
+impl Backend {
+    /// Takes `scale` off the weights of a row whose bit is set, and adds it to the
+    /// others; a sum past the largest number becomes that. `bits` has
+    /// [`plane_bytes`] for the row. The result does not depend on the backend.
+    ///
+    /// Panics when `bits` has another length.
+    pub fn take_signs(self, bits: &[u8], scale: f32, row: &mut [f32]) {
+        assert_eq!(bits.len(), plane_bytes(row.len()), "sign bits");
+        // SAFETY: the kernel is safe code.
+        unsafe { self.run(Take { bits, scale, row }) }
+    }
+}
+
+struct Take<'a> {
+    bits: &'a [u8],
+    scale: f32,
+    row: &'a mut [f32],
+}
+
+impl Kernel for Take<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<V: Lanes>(self) {
+        let (chunks, tail) = self.row.as_chunks_mut::<LANES>();
+        let (masks, last) = self.bits.as_chunks::<2>().0.split_at(chunks.len());
+        for (chunk, mask) in chunks.iter_mut().zip(masks) {
+            take(u16::from_le_bytes(*mask), self.scale, chunk);
+        }
+        if let [mask] = last {
+            take(u16::from_le_bytes(*mask), self.scale, tail);
+        }
+    }
+}
+
+#[inline(always)]
+fn take(mask: u16, scale: f32, weights: &mut [f32]) {
+    for (lane, weight) in weights.iter_mut().enumerate() {
+        let taken = if mask >> lane & 1 == 1 { scale } else { -scale };
+        *weight = (*weight - taken).clamp(-f32::MAX, f32::MAX);
+    }
+}
+
 struct Pack<'a> {
     row: &'a [f32],
     bits: &'a mut [u8],

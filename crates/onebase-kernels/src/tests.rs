@@ -128,6 +128,31 @@ fn packed_signs_and_magnitudes_are_exact_on_every_backend() {
 }
 
 #[test]
+fn signs_are_taken_off_exactly_on_every_backend() {
+    for n in [0, 1, 15, 16, 17, 300] {
+        let mut row = random("w", n);
+        row.iter_mut().step_by(7).for_each(|w| *w = f32::MAX.copysign(*w));
+        let others = random("other", n);
+        let mut bits = vec![0u8; plane_bytes(n)];
+        for (k, w) in others.iter().enumerate() {
+            bits[k / 8] |= u8::from(*w > 0.0) << (k % 8);
+        }
+        for scale in [0.0, 0.7, f32::MAX] {
+            let pairs = row.iter().zip(&others);
+            let want: Vec<f32> = pairs
+                .map(|(w, other)| if *other > 0.0 { w - scale } else { w + scale })
+                .map(|w| w.clamp(f32::MIN, f32::MAX))
+                .collect();
+            for backend in Backend::available() {
+                let mut got = row.clone();
+                backend.take_signs(&bits, scale, &mut got);
+                assert_eq!(got, want, "{} {n} {scale}", backend.name());
+            }
+        }
+    }
+}
+
+#[test]
 fn low_bit_equals_the_oracle_for_every_width() {
     for (out_features, in_features) in SHAPES {
         for bits in 1..=8usize {

@@ -20,6 +20,9 @@ pub const fn plane_bytes(in_features: usize) -> usize {
 /// checking the processor. Pointers must be readable (writable) for sixteen
 /// elements; alignment is not needed.
 pub(crate) trait Lanes: Copy {
+    /// Whether a tile may hold thirty vectors; otherwise it may hold ten.
+    const MANY_REGISTERS: bool;
+
     unsafe fn splat(value: f32) -> Self;
     unsafe fn load(from: *const f32) -> Self;
     unsafe fn load_bf16(from: *const bf16) -> Self;
@@ -127,6 +130,8 @@ impl Stored for f16 {
 pub(crate) struct Portable([f32; LANES]);
 
 impl Lanes for Portable {
+    const MANY_REGISTERS: bool = false;
+
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self {
         Self([value; LANES])

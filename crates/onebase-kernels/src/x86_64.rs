@@ -76,6 +76,8 @@ pub(crate) struct Avx2(__m256, __m256);
 // used need no alignment.
 #[allow(clippy::undocumented_unsafe_blocks)]
 impl Lanes for Avx2 {
+    const MANY_REGISTERS: bool = false;
+
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self {
         unsafe { Self(_mm256_set1_ps(value), _mm256_set1_ps(value)) }
@@ -170,6 +172,8 @@ pub(crate) struct Avx512(__m512);
 // SAFETY: as for `Avx2`.
 #[allow(clippy::undocumented_unsafe_blocks)]
 impl Lanes for Avx512 {
+    const MANY_REGISTERS: bool = true;
+
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self {
         unsafe { Self(_mm512_set1_ps(value)) }

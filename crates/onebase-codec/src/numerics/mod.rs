@@ -3,6 +3,7 @@
 mod eigen;
 mod memory;
 mod products;
+mod randomized;
 mod truncated;
 
 pub use eigen::{Eigen, symmetric_eigen, symmetric_eigenvalues};
@@ -10,5 +11,5 @@ pub use memory::truncated_svd_bytes;
 pub use products::{gram, product, product_transposed};
 pub use truncated::{SvdMethod, Truncated, gram_of_shorter_side, truncated_svd};
 
-use products::add_gram_of_columns;
+use products::{add_gram_of_columns, add_half_gram_of_columns, inverse_of_cholesky};
 use truncated::OVERSAMPLE;

@@ -1,8 +1,11 @@
 //! Products of dense f64 matrices, computed by the crate `faer` on the
 //! calling thread.
 
-use faer::linalg::matmul::matmul;
-use faer::{Accum, MatMut, MatRef, Par};
+use faer::dyn_stack::{MemBuffer, MemStack};
+use faer::linalg::cholesky::llt::factor::{cholesky_in_place, cholesky_in_place_scratch};
+use faer::linalg::matmul::{matmul, triangular};
+use faer::linalg::triangular_inverse::invert_lower_triangular;
+use faer::{Accum, Mat, MatMut, MatRef, Par};
 
 /// The product `a b` of row-major matrices `[m, k]` and `[k, n]`: `[m, n]`.
 ///
@@ -39,6 +42,34 @@ pub(super) fn add_gram_of_columns(a: &[f64], [n_rows, n]: [usize; 2], sum: &mut 
     let a = MatRef::from_row_major_slice(a, n_rows, n);
     let sum = MatMut::from_row_major_slice_mut(sum, n, n);
     matmul(sum, Accum::Add, a.transpose(), a, 1.0, Par::Seq);
+}
+
+/// [`add_gram_of_columns`], only what is not above the diagonal.
+pub(super) fn add_half_gram_of_columns(a: &[f64], [n_rows, n]: [usize; 2], sum: &mut [f64]) {
+    use triangular::BlockStructure::{Rectangular, TriangularLower};
+    let a = MatRef::from_row_major_slice(a, n_rows, n);
+    let sum = MatMut::from_row_major_slice_mut(sum, n, n);
+    let (l, r) = (a.transpose(), a);
+    let add = Accum::Add;
+    triangular::matmul(sum, TriangularLower, add, l, Rectangular, r, Rectangular, 1.0, Par::Seq);
+}
+
+/// `L⁻¹`, `[n, n]`, of a positive definite matrix `L Lᵀ`, of which what is above the
+/// diagonal is not read, and the largest diagonal element of `L` over the
+/// smallest; `None` where a matrix is not positive definite to rounding.
+pub(super) fn inverse_of_cholesky(a: &[f64], n: usize) -> Option<(Vec<f64>, f64)> {
+    let mut l = Mat::from_fn(n, n, |i, j| a[i.max(j) * n + i.min(j)]);
+    let scratch = cholesky_in_place_scratch::<f64>(n, Par::Seq, Default::default());
+    let mut memory = MemBuffer::new(scratch);
+    let stack = MemStack::new(&mut memory);
+    cholesky_in_place(l.as_mut(), Default::default(), Par::Seq, stack, Default::default()).ok()?;
+    let diagonal = || (0..n).map(|i| l[(i, i)]);
+    let condition = diagonal().fold(0.0, f64::max) / diagonal().fold(f64::INFINITY, f64::min);
+    let mut inverse = Mat::zeros(n, n);
+    invert_lower_triangular(inverse.as_mut(), l.as_ref(), Par::Seq);
+    let rows = (0..n).flat_map(|i| (0..n).map(move |j| (i, j)));
+    let rows: Vec<f64> = rows.map(|at| if at.0 < at.1 { 0.0 } else { inverse[at] }).collect();
+    rows.iter().all(|x| x.is_finite()).then_some((rows, condition))
 }
 
 fn multiply(a: MatRef<'_, f64>, b: MatRef<'_, f64>) -> Vec<f64> {

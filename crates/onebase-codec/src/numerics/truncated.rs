@@ -3,14 +3,9 @@
 
 use std::ops::Range;
 
-use faer::linalg::matmul::matmul;
-use faer::{Accum, MatMut, MatRef, Par};
-use onebase_tensor::stream;
-use rand_distr::{Distribution, StandardNormal};
-use rayon::prelude::*;
-
+use super::randomized::randomized_svd;
 use super::{Eigen, add_gram_of_columns, gram, product, product_transposed, symmetric_eigen};
-use crate::{DeltaSource, Result, read_finite, read_wide};
+use crate::{DeltaSource, Result, read_wide};
 
 /// The largest singular values and their vectors, none if there are none.
 #[derive(Clone, Debug, PartialEq)]
@@ -40,19 +35,8 @@ pub enum SvdMethod {
 /// Weights that are read at a time.
 const BLOCK_WEIGHTS: usize = 1 << 20;
 
-/// Directions past the rank that the random range has.
+/// Directions past the rank that a random range has.
 pub(super) const OVERSAMPLE: usize = 16;
-
-/// Power iterations. What one bit leaves of a delta is nearly flat, so that the range
-/// must be sharpened.
-const POWER_ITERATIONS: usize = 2;
-
-/// Columns of vectors that one task works on; sums over them are taken in the
-/// order of the tasks.
-const TASK_COLUMNS: usize = 4096;
-
-/// Rows or columns of a block that one task multiplies with all vectors.
-const TASK_VECTORS: usize = 256;
 
 /// The largest `rank` singular values of a delta `[out_features, in_features]` and
 /// their vectors; the vector of a value of zero is zero.
@@ -70,7 +54,7 @@ pub fn truncated_svd(delta: &dyn DeltaSource, rank: usize, method: SvdMethod) ->
     match method {
         // The range would be all there is.
         SvdMethod::Randomized { seed } if rank + OVERSAMPLE < n_rows.min(n_cols) => {
-            randomized(delta, rank, seed)
+            randomized_svd(delta, rank, rank + OVERSAMPLE, seed)
         }
         _ if n_rows < n_cols => wide(&read_wide(delta, 0..n_rows)?, delta.shape(), rank),
         _ => tall(delta, rank),
@@ -127,160 +111,6 @@ fn tall(delta: &dyn DeltaSource, rank: usize) -> Result<Truncated> {
     Ok(Truncated { u, v: narrow(v), s })
 }
 
-fn randomized(delta: &dyn DeltaSource, rank: usize, seed: u64) -> Result<Truncated> {
-    let [n_rows, n_cols] = delta.shape();
-    let k = rank + OVERSAMPLE;
-    let mut right = vec![0.0; k * n_cols];
-    for (i, vector) in right.chunks_mut(n_cols).enumerate() {
-        let mut rng = stream(seed, "range finder", i as u64);
-        vector.iter_mut().for_each(|x| *x = StandardNormal.sample(&mut rng));
-    }
-    let mut left = forward(delta, &right, k)?;
-    for _ in 0..POWER_ITERATIONS {
-        orthonormalise(&mut left, k, n_rows)?;
-        right = backward(delta, &left, k)?;
-        orthonormalise(&mut right, k, n_cols)?;
-        left = forward(delta, &right, k)?;
-    }
-    // Twice is enough for orthogonality to rounding.
-    orthonormalise(&mut left, k, n_rows)?;
-    orthonormalise(&mut left, k, n_rows)?;
-    right = backward(delta, &left, k)?;
-    let (gram, _) = sum_of_products(&right, k, n_cols);
-    let Eigen { values, vectors } = symmetric_eigen(&gram, k)?;
-    let s = roots(&values[..rank]);
-    let top = &vectors[..rank * k];
-    let keep = vec![1.0; rank];
-    let mut u = combine(top, &left, k, n_rows, &keep);
-    let inverse: Vec<f64> = s.iter().map(|s| if *s > 0.0 { s.recip() } else { 0.0 }).collect();
-    let v = combine(top, &right, k, n_cols, &inverse);
-    for (u, s) in u.chunks_mut(n_rows).zip(&s) {
-        if *s == 0.0 {
-            u.fill(0.0);
-        }
-    }
-    Ok(Truncated { u, s, v })
-}
-
-/// `(Δ Vᵀ)ᵀ` of vectors `[k, in_features]`: `[k, out_features]`.
-fn forward(delta: &dyn DeltaSource, vectors: &[f32], k: usize) -> Result<Vec<f32>> {
-    let [n_rows, n_cols] = delta.shape();
-    let vectors = MatRef::from_row_major_slice(vectors, k, n_cols);
-    let mut out = vec![0.0; k * n_rows];
-    for rows in blocks(delta.shape()) {
-        let block = read_finite(delta, rows.clone())?;
-        let block = MatRef::from_row_major_slice(&block, rows.len(), n_cols);
-        let tasks: Vec<(Range<usize>, Vec<f32>)> = tasks(rows.len(), TASK_VECTORS)
-            .map(|part| {
-                let part_rows = block.subrows(part.start, part.len());
-                (part, multiply(vectors, part_rows.transpose()))
-            })
-            .collect();
-        for (part, products) in tasks {
-            let first = rows.start + part.start;
-            for (out, products) in out.chunks_mut(n_rows).zip(products.chunks(part.len())) {
-                out[first..first + part.len()].copy_from_slice(products);
-            }
-        }
-    }
-    Ok(out)
-}
-
-/// `U Δ` of vectors `[k, out_features]`: `[k, in_features]`.
-fn backward(delta: &dyn DeltaSource, vectors: &[f32], k: usize) -> Result<Vec<f32>> {
-    let [n_rows, n_cols] = delta.shape();
-    let vectors = MatRef::from_row_major_slice(vectors, k, n_rows);
-    let mut out = vec![0.0; k * n_cols];
-    for rows in blocks(delta.shape()) {
-        let block = read_finite(delta, rows.clone())?;
-        let block = MatRef::from_row_major_slice(&block, rows.len(), n_cols);
-        let vectors = vectors.subcols(rows.start, rows.len());
-        let tasks: Vec<(Range<usize>, Vec<f32>)> = tasks(n_cols, TASK_VECTORS)
-            .map(|part| {
-                let columns = block.subcols(part.start, part.len());
-                (part, multiply(vectors, columns))
-            })
-            .collect();
-        for (part, products) in tasks {
-            for (out, products) in out.chunks_mut(n_cols).zip(products.chunks(part.len())) {
-                let sums = out[part.clone()].iter_mut().zip(products);
-                sums.for_each(|(sum, product)| *sum += product);
-            }
-        }
-    }
-    Ok(out)
-}
-
-/// The product of two matrices, row-major.
-fn multiply(a: MatRef<'_, f32>, b: MatRef<'_, f32>) -> Vec<f32> {
-    let mut out = vec![0.0; a.nrows() * b.ncols()];
-    let target = MatMut::from_row_major_slice_mut(&mut out, a.nrows(), b.ncols());
-    matmul(target, Accum::Replace, a, b, 1.0, Par::Seq);
-    out
-}
-
-/// Makes vectors `[k, n]` orthonormal, the span kept. A direction that they lack, to
-/// rounding, becomes zero.
-fn orthonormalise(vectors: &mut Vec<f32>, k: usize, n: usize) -> Result<()> {
-    let (gram, _) = sum_of_products(vectors, k, n);
-    let Eigen { values, vectors: axes } = symmetric_eigen(&gram, k)?;
-    let floor = values.first().copied().unwrap_or(0.0) * f64::from(f32::EPSILON).powi(2);
-    let inverse: Vec<f64> =
-        values.iter().map(|v| if *v > floor { v.sqrt().recip() } else { 0.0 }).collect();
-    *vectors = combine(&axes, vectors, k, n, &inverse);
-    Ok(())
-}
-
-/// The Gram matrix `[k, k]` of vectors `[k, n]`, in f64.
-fn sum_of_products(vectors: &[f32], k: usize, n: usize) -> (Vec<f64>, usize) {
-    let tasks: Vec<Vec<f64>> = tasks(n, TASK_COLUMNS)
-        .map(|columns| {
-            let wide = columns_of(vectors, n, columns);
-            product_transposed(&wide, &wide, [k, wide.len() / k, k])
-        })
-        .collect();
-    let mut sum = vec![0.0; k * k];
-    for task in tasks {
-        sum.iter_mut().zip(task).for_each(|(sum, value)| *sum += value);
-    }
-    (sum, k)
-}
-
-/// `diag(scale) A V` of `A`, `[m, k]`, and vectors `V`, `[k, n]`: `[m, n]`.
-fn combine(a: &[f64], vectors: &[f32], k: usize, n: usize, scale: &[f64]) -> Vec<f32> {
-    let m = scale.len();
-    let tasks: Vec<(Range<usize>, Vec<f64>)> = tasks(n, TASK_COLUMNS)
-        .map(|columns| {
-            let wide = columns_of(vectors, n, columns.clone());
-            let width = columns.len();
-            (columns, product(a, &wide, [m, k, width]))
-        })
-        .collect();
-    let mut out = vec![0.0; m * n];
-    for (columns, values) in tasks {
-        let rows = out.chunks_mut(n).zip(values.chunks(columns.len())).zip(scale);
-        for ((row, values), scale) in rows {
-            for (out, value) in row[columns.clone()].iter_mut().zip(values) {
-                #[allow(clippy::cast_possible_truncation)]
-                let value = (scale * value) as f32;
-                *out = value;
-            }
-        }
-    }
-    out
-}
-
-/// Pieces of `0..n` of one size, the last one shorter.
-fn tasks(n: usize, size: usize) -> impl IndexedParallelIterator<Item = Range<usize>> {
-    (0..n.div_ceil(size)).into_par_iter().map(move |i| i * size..n.min((i + 1) * size))
-}
-
-/// Some columns of rows of length `n`, widened.
-fn columns_of(rows: &[f32], n: usize, columns: Range<usize>) -> Vec<f64> {
-    let wide = rows.chunks(n).flat_map(|row| row[columns.clone()].iter());
-    wide.map(|v| f64::from(*v)).collect()
-}
-
 /// Runs of rows that are read together.
 fn blocks([n_rows, n_cols]: [usize; 2]) -> impl Iterator<Item = Range<usize>> {
     let block_rows = (BLOCK_WEIGHTS / n_cols.max(1)).max(1);
@@ -288,7 +118,7 @@ fn blocks([n_rows, n_cols]: [usize; 2]) -> impl Iterator<Item = Range<usize>> {
 }
 
 /// Singular values from their squares, which rounding may make negative.
-fn roots(squares: &[f64]) -> Vec<f64> {
+pub(super) fn roots(squares: &[f64]) -> Vec<f64> {
     squares.iter().map(|square| square.max(0.0).sqrt()).collect()
 }
 
@@ -304,7 +134,8 @@ fn narrow(values: impl Iterator<Item = f64>) -> Vec<f32> {
 
 #[cfg(test)]
 mod tests {
-    use onebase_tensor::MatrixRef;
+    use onebase_tensor::{MatrixRef, stream};
+    use rand_distr::{Distribution, StandardNormal};
 
     use super::*;
 
@@ -327,6 +158,12 @@ mod tests {
             }
         }
         out
+    }
+
+    /// The Gram matrix of vectors `[k, n]`, and `k`.
+    fn sum_of_products(vectors: &[f32], k: usize, n: usize) -> (Vec<f64>, usize) {
+        let wide: Vec<f64> = vectors.iter().map(|v| f64::from(*v)).collect();
+        (product_transposed(&wide, &wide, [k, n, k]), k)
     }
 
     fn lost(data: &[f32], [n_rows, n_cols]: [usize; 2], svd: &Truncated) -> f64 {
