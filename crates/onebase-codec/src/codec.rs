@@ -1,7 +1,7 @@
 use std::ops::Range;
 
 use onebase_kernels::Backend;
-use onebase_tensor::{EncodedDelta, MatrixMut, MatrixRef, PartSpec};
+use onebase_tensor::{EncodedDelta, MatrixMut, MatrixRef, PartShapes, PartSpec};
 
 use crate::{DeltaSource, OptionSpec, Options, Result};
 
@@ -21,10 +21,11 @@ pub trait Codec: Sync {
 
     /// Bits per weight of a matrix of this shape `[out_features, in_features]`, which
     /// has at least one weight, as the paper of the method counts them: its codes
-    /// or factors alone, without scales, indices, headers and metadata.
+    /// or factors alone, without scales, indices, headers and metadata. `parts` are
+    /// the shapes of what was encoded: a method may choose its size by the data.
     ///
     /// Reports print it beside the size on disk, which is what a delta costs.
-    fn claimed_bits(&self, options: &Options, shape: [usize; 2]) -> f64;
+    fn claimed_bits(&self, options: &Options, shape: [usize; 2], parts: &PartShapes) -> f64;
 
     /// The parts that a delta of this shape `[out_features, in_features]` has once it is
     /// encoded; `None` where they depend on the delta.

@@ -1,7 +1,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use onebase_tensor::{EncodedDelta, PartSpec};
+use onebase_tensor::{EncodedDelta, PartShapes, PartSpec};
 use serde_json::{Map, Value};
 
 use crate::source::reading_bytes;
@@ -9,6 +9,9 @@ use crate::{CODECS, Codec, DeltaLinear, DeltaSource, Error, OptionSpec, Options,
 
 /// The option by which codecs say how many bits a weight may take.
 const SIZE_OPTION: &str = "bits";
+
+/// The options that say a size: a codec to which one of them is given has it.
+const SIZES: [&str; 3] = [SIZE_OPTION, "rank", "energy"];
 
 /// A codec with its options, written `name` or `name:option=value,option=value`.
 #[derive(Clone)]
@@ -72,8 +75,8 @@ impl CodecSpec {
     }
 
     /// [`Codec::claimed_bits`] with these options; 0 for a shape without weights.
-    pub fn claimed_bits(&self, shape: [usize; 2]) -> f64 {
-        if shape.contains(&0) { 0.0 } else { self.codec.claimed_bits(&self.options, shape) }
+    pub fn claimed_bits(&self, shape: [usize; 2], parts: &PartShapes) -> f64 {
+        if shape.contains(&0) { 0.0 } else { self.codec.claimed_bits(&self.options, shape, parts) }
     }
 
     /// [`Codec::parts`] with these options, in the order of their names.
@@ -104,10 +107,11 @@ impl CodecSpec {
         Self::new(self.codec.name(), &options)
     }
 
-    /// Whether a codec's text gives an option.
-    pub fn gives(text: &str, option: &str) -> bool {
+    /// Whether a codec's text says how large it is.
+    pub fn says_size(text: &str) -> bool {
         let (_, given) = text.split_once(':').unwrap_or((text, ""));
-        given.split(',').any(|pair| pair.split('=').next() == Some(option))
+        let is_size = |pair: &str| pair.split('=').next().is_some_and(|name| SIZES.contains(&name));
+        given.split(',').any(is_size)
     }
 
     /// [`Codec::encode`] with these options.

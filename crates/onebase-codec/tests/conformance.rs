@@ -266,8 +266,8 @@ fn parts_are_those_that_were_said() {
 fn claimed_bits_are_not_above_the_bits_of_the_parts() {
     for spec in specs() {
         for shape @ [rows, cols] in SHAPES.into_iter().chain([[64, 512], [512, 64]]) {
-            let claimed = spec.claimed_bits(shape);
             let delta = encode(&spec, &gaussian("w", rows * cols, 0.01), shape);
+            let claimed = spec.claimed_bits(shape, &delta.part_shapes());
             let bits = effective_bits(delta.size_bytes() as u64, (rows * cols) as u64);
             assert!(claimed >= 0.0 && claimed <= bits * (1.0 + 1e-9), "{spec} {shape:?}");
             assert_eq!(claimed == 0.0, rows * cols == 0, "{spec} {shape:?}");

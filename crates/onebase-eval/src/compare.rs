@@ -103,7 +103,7 @@ pub fn compare(
         measured.next().map(|m| Variant::base(m, output_limit.is_some())).into_iter().collect();
     for (index, (encoded, measurement)) in encoded.iter().zip(measured).enumerate() {
         let errors: Vec<SiteError> = sites.iter().map(|s| s.errors[index].clone()).collect();
-        let mut variant = Variant::new(&pair, encoded, measurement, &errors);
+        let mut variant = Variant::new(&pair, encoded, measurement, &errors)?;
         let above = |limit: &Option<Limit>, error: Option<f64>| {
             let least = limit.as_ref()?.bits(error?)?;
             Some(variant.effective_bpw_linear - least)

@@ -1,13 +1,11 @@
 use onebase_compress::Pair;
-use onebase_format::artifact::{
-    CalibrationRecord, DeltaError, Perplexity, Sizes, Storage, TaskQuality,
-};
+use onebase_format::artifact::{CalibrationRecord, DeltaError, Perplexity, Sizes, TaskQuality};
 use serde::Serialize;
 
-use crate::Measurement;
 use crate::compare::{Encoded, linear, n_elements};
 use crate::ideal::IdealBits;
 use crate::site_error::{SiteError, total_error};
+use crate::{Measurement, Result};
 
 /// The base alone, as the name of a variant.
 const BASE: &str = "base";
@@ -216,24 +214,20 @@ impl Variant {
         encoded: &Encoded,
         measurement: Measurement,
         errors: &[SiteError],
-    ) -> Self {
+    ) -> Result<Self> {
         let sizes: Sizes = encoded.artifact.sizes();
-        // A site that is the base's costs no formula anything.
-        let records = &encoded.artifact.manifest().tensors;
-        let stored = linear(pair).filter(|spec| {
-            let record = records.get(&spec.name);
-            record.is_some_and(|record| matches!(record.storage, Storage::Codec { .. }))
-        });
-        let claimed: f64 = stored
-            .map(|spec| {
+        let mut claimed = 0.0;
+        for spec in linear(pair) {
+            // A site that is the base's costs no formula anything.
+            if let Some(parts) = encoded.artifact.part_shapes(&spec.name)? {
                 let shape = [spec.shape[0], spec.shape[1]];
-                encoded.spec.claimed_bits(shape) * n_elements(spec) as f64
-            })
-            .sum();
+                claimed += encoded.spec.claimed_bits(shape, &parts) * n_elements(spec) as f64;
+            }
+        }
         let claimed_bpw = claimed / sizes.n_weights_linear.max(1) as f64;
         let finetune = pair.fine_tune();
         let finetune_bpw = 8.0 * finetune.size_bytes() as f64 / finetune.n_weights().max(1) as f64;
-        Self {
+        Ok(Self {
             codec: encoded.spec.to_string(),
             label: encoded.spec.short(),
             name: encoded.spec.codec().name().to_owned(),
@@ -255,6 +249,6 @@ impl Variant {
             site_errors: errors.iter().map(SiteError::relative).collect(),
             encode_seconds: encoded.cost.seconds,
             peak_memory_bytes: encoded.cost.peak_memory_bytes,
-        }
+        })
     }
 }

@@ -31,7 +31,7 @@ pub struct Plan {
 
 impl Plan {
     /// The baselines, then the codecs asked for, each written `NAME` or
-    /// `NAME:OPTION=VALUE,…`. One that has an option `bits`, and to which none is
+    /// `NAME:OPTION=VALUE,…`. One that has an option `bits`, and to which no size is
     /// given, is swept over those of `bits` that it accepts; at each of them a code on
     /// the limit line is simulated. `tables` is how embeddings and head are stored,
     /// else with the codec itself.
@@ -54,7 +54,7 @@ impl Plan {
 
     fn add(&mut self, text: &str, bits: &[f64], baseline: bool) -> Result<()> {
         let spec: CodecSpec = text.parse()?;
-        let size = spec.size_option().filter(|option| !CodecSpec::gives(text, option.name));
+        let size = spec.size_option().filter(|_| !CodecSpec::says_size(text));
         let Some(size) = size else {
             self.push(spec, baseline);
             return Ok(());
@@ -135,8 +135,8 @@ mod tests {
             "rtn:bits=3,group_size=128",
             "rtn:bits=4,group_size=128",
             "sign:scale=row",
-            "low-rank:bits=0.5",
-            "low-rank:bits=2",
+            "low-rank:bits=0.5,rank=0,energy=0,svd=full,seed=0",
+            "low-rank:bits=2,rank=0,energy=0,svd=full,seed=0",
         ];
         assert_eq!(planned(&[], &[0.5, 2.0]), baselines);
         // Of the sizes, `rtn` can have only 2, which is there.
@@ -145,7 +145,8 @@ mod tests {
 
     #[test]
     fn codecs_are_swept_unless_they_say_their_size() {
-        let codecs = ["rtn:group_size=64", "rtn:bits=8", "sign:scale=matrix", "dense"];
+        let codecs =
+            ["rtn:group_size=64", "rtn:bits=8", "sign:scale=matrix", "dense", "low-rank:rank=3"];
         let more = planned(&codecs, &[0.5, 1.0, 5.0]).split_off(8);
         assert_eq!(
             more,
@@ -155,6 +156,7 @@ mod tests {
                 "rtn:bits=8,group_size=128",
                 "sign:scale=matrix",
                 "dense:dtype=f32",
+                "low-rank:bits=1,rank=3,energy=0,svd=full,seed=0",
             ]
         );
     }

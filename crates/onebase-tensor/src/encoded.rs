@@ -120,6 +120,9 @@ impl Part {
     }
 }
 
+/// The shapes of a delta's parts by name.
+pub type PartShapes = BTreeMap<String, Vec<usize>>;
+
 /// What a part will be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PartSpec {
@@ -172,6 +175,11 @@ impl EncodedDelta {
             assert!(previous.is_none(), "part {name} given twice");
         }
         Self { shape, parts: by_name }
+    }
+
+    /// The shapes of all parts.
+    pub fn part_shapes(&self) -> PartShapes {
+        self.parts.iter().map(|(name, part)| (name.clone(), part.shape.clone())).collect()
     }
 
     /// Bytes of all parts.

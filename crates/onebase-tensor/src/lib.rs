@@ -9,6 +9,6 @@ mod view;
 
 pub use bits::effective_bits;
 pub use dtype::{DType, UnknownDType, saturating_bf16};
-pub use encoded::{EncodedDelta, Part, PartData, PartError, PartSpec, Parts};
+pub use encoded::{EncodedDelta, Part, PartData, PartError, PartShapes, PartSpec, Parts};
 pub use rng::{Stream, stream};
 pub use view::{MatrixMut, MatrixRef, ShapeMismatch, WeightRef};

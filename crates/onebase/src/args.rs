@@ -288,8 +288,7 @@ fn with_hint(error: &onebase_codec::Error) -> String {
 
 fn codec(text: &str) -> Result<GivenCodec, String> {
     let spec: CodecSpec = text.parse().map_err(|e| with_hint(&e))?;
-    let has_size = spec.size_option().is_some_and(|option| CodecSpec::gives(text, option.name));
-    Ok(GivenCodec { spec, has_size })
+    Ok(GivenCodec { spec, has_size: CodecSpec::says_size(text) })
 }
 
 fn shard(text: &str) -> Result<Shard, String> {

@@ -10,7 +10,8 @@ use std::ops::Range;
 use half::bf16;
 use onebase_kernels::Backend;
 use onebase_tensor::{
-    DType, EncodedDelta, MatrixMut, MatrixRef, PartData, PartSpec, WeightRef, saturating_bf16,
+    DType, EncodedDelta, MatrixMut, MatrixRef, PartData, PartShapes, PartSpec, WeightRef,
+    saturating_bf16,
 };
 
 use crate::{Codec, DeltaLinear, DeltaSource, Kind, OptionSpec, Options, Result, for_each_block};
@@ -39,7 +40,7 @@ impl Codec for Dense {
         }]
     }
 
-    fn claimed_bits(&self, options: &Options, _: [usize; 2]) -> f64 {
+    fn claimed_bits(&self, options: &Options, _: [usize; 2], _: &PartShapes) -> f64 {
         if options.choice("dtype") == "bf16" { 16.0 } else { 32.0 }
     }
 

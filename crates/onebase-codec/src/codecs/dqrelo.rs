@@ -18,7 +18,7 @@
 use std::ops::Range;
 
 use onebase_kernels::{Backend, plane_bytes};
-use onebase_tensor::{EncodedDelta, MatrixMut, MatrixRef, PartSpec};
+use onebase_tensor::{EncodedDelta, MatrixMut, MatrixRef, PartShapes, PartSpec};
 
 use crate::factors::Factors;
 use crate::numerics::{truncated_svd, truncated_svd_bytes};
@@ -64,7 +64,7 @@ impl Codec for Dqrelo {
     }
 
     #[allow(clippy::cast_precision_loss)]
-    fn claimed_bits(&self, options: &Options, shape: [usize; 2]) -> f64 {
+    fn claimed_bits(&self, options: &Options, shape: [usize; 2], _: &PartShapes) -> f64 {
         let [m, n] = shape.map(|n| n as f64);
         1.0 + 16.0 * rank(options, shape) as f64 * (m + n) / (m * n)
     }

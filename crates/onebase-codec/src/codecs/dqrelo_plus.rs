@@ -18,7 +18,7 @@
 use std::ops::Range;
 
 use onebase_kernels::{Backend, plane_bytes};
-use onebase_tensor::{EncodedDelta, MatrixMut, MatrixRef, PartData, PartSpec};
+use onebase_tensor::{EncodedDelta, MatrixMut, MatrixRef, PartData, PartShapes, PartSpec};
 
 use crate::coded_factors::CodedFactors;
 use crate::factors::Factors;
@@ -87,7 +87,7 @@ impl Codec for DqreloPlus {
     }
 
     #[allow(clippy::cast_precision_loss)]
-    fn claimed_bits(&self, options: &Options, shape: [usize; 2]) -> f64 {
+    fn claimed_bits(&self, options: &Options, shape: [usize; 2], _: &PartShapes) -> f64 {
         let [m, n] = shape.map(|n| n as f64);
         let layout = Layout::new(options, shape);
         let element_bits = layout.factor_bits.unwrap_or(16) as f64;

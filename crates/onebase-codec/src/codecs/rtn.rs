@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use half::bf16;
 use onebase_kernels::{Backend, LowBit, plane_bytes};
-use onebase_tensor::{DType, EncodedDelta, MatrixMut, MatrixRef, PartData, PartSpec};
+use onebase_tensor::{DType, EncodedDelta, MatrixMut, MatrixRef, PartData, PartShapes, PartSpec};
 
 use crate::{Codec, DeltaLinear, DeltaSource, Kind, OptionSpec, Options, Result, for_each_block};
 
@@ -48,7 +48,7 @@ impl Codec for Rtn {
     }
 
     #[allow(clippy::cast_precision_loss)]
-    fn claimed_bits(&self, options: &Options, _: [usize; 2]) -> f64 {
+    fn claimed_bits(&self, options: &Options, _: [usize; 2], _: &PartShapes) -> f64 {
         options.int("bits") as f64
     }
 

@@ -9,7 +9,7 @@
 use std::ops::Range;
 
 use onebase_kernels::{Backend, plane_bytes};
-use onebase_tensor::{EncodedDelta, MatrixMut, MatrixRef, PartSpec};
+use onebase_tensor::{EncodedDelta, MatrixMut, MatrixRef, PartShapes, PartSpec};
 
 use crate::signs::Signs;
 use crate::{Codec, DeltaLinear, DeltaSource, Kind, OptionSpec, Options, Result};
@@ -41,7 +41,7 @@ impl Codec for Sign {
         }]
     }
 
-    fn claimed_bits(&self, _: &Options, _: [usize; 2]) -> f64 {
+    fn claimed_bits(&self, _: &Options, _: [usize; 2], _: &PartShapes) -> f64 {
         1.0
     }
 

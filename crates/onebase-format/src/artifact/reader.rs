@@ -1,7 +1,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use onebase_tensor::{DType, EncodedDelta, Part, PartData, effective_bits};
+use onebase_tensor::{DType, EncodedDelta, Part, PartData, PartShapes, effective_bits};
 use rayon::prelude::*;
 use serde::Serialize;
 use serde_json::Value;
@@ -278,6 +278,22 @@ impl Artifact {
         let shape = [record.shape[0] - added_rows, record.shape[1]];
         let delta = EncodedDelta { shape, parts: by_name };
         Ok(Some((&self.manifest.codecs[*codec], delta)))
+    }
+
+    /// The shapes of the parts of a tensor's delta, without reading them; `None` when
+    /// the tensor is not stored as one.
+    ///
+    /// # Errors
+    /// When a part is missing.
+    pub fn part_shapes(&self, tensor: &str) -> Result<Option<PartShapes>> {
+        let Storage::Codec { file, parts, .. } = &self.record(tensor)?.storage else {
+            return Ok(None);
+        };
+        let file = self.file(tensor, file)?;
+        let shape = |part: &String| {
+            Ok((part.clone(), file.header(&part_name(tensor, part))?.shape.clone()))
+        };
+        parts.iter().map(shape).collect::<Result<_>>().map(Some)
     }
 
     /// A tensor stored as it is; `None` when it is not.
