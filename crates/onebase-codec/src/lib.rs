@@ -10,6 +10,7 @@ mod codecs;
 mod coded_factors;
 mod error;
 mod factors;
+mod largest;
 pub mod numerics;
 mod options;
 mod signs;

@@ -8,10 +8,13 @@ use crate::source::reading_bytes;
 use crate::{CODECS, Codec, DeltaLinear, DeltaSource, Error, OptionSpec, Options, Result};
 
 /// The option by which codecs say how many bits a weight may take.
-const SIZE_OPTION: &str = "bits";
+const BITS: &str = "bits";
+
+/// The options by which codecs choose how large they are, of which one has one at most.
+const SIZE_OPTIONS: [&str; 2] = [BITS, "keep"];
 
 /// The options that say a size: a codec to which one of them is given has it.
-const SIZES: [&str; 3] = [SIZE_OPTION, "rank", "energy"];
+const SIZES: [&str; 4] = [BITS, "keep", "rank", "energy"];
 
 /// A codec with its options, written `name` or `name:option=value,option=value`.
 #[derive(Clone)]
@@ -92,9 +95,14 @@ impl CodecSpec {
         self.codec.working_bytes(&self.options, shape) + reading_bytes(shape, n_threads)
     }
 
-    /// The option by which the codec says how large it is, if it has one.
+    /// The option by which the codec chooses how large it is, if it has one.
     pub fn size_option(&self) -> Option<&'static OptionSpec> {
-        self.codec.options().iter().find(|option| option.name == SIZE_OPTION)
+        self.codec.options().iter().find(|option| SIZE_OPTIONS.contains(&option.name))
+    }
+
+    /// The option by which the codec says how many bits a weight may take, if it has one.
+    pub fn bits_option(&self) -> Option<&'static OptionSpec> {
+        self.codec.options().iter().find(|option| option.name == BITS)
     }
 
     /// The same codec at another value of an option.

@@ -16,7 +16,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use onebase_codec::CodecSpec;
-use onebase_compress::{Pair, Plan, Silent, TablePlan, compress};
+use onebase_compress::{Pair, Plan, Silent, TablePlan, VectorPlan, compress};
 
 const ROUNDS: usize = 5;
 
@@ -44,7 +44,11 @@ fn read(dir: &Path) -> f64 {
 }
 
 fn report(base: &Path, fine_tune: &Path, codec: &CodecSpec) {
-    let plan = Plan { linear: codec.clone(), tables: TablePlan::Codec(codec.clone()) };
+    let plan = Plan {
+        linear: codec.clone(),
+        tables: TablePlan::Codec(codec.clone()),
+        vectors: VectorPlan::Exact,
+    };
     let out = tempfile::tempdir_in(".").unwrap();
     for round in 0..ROUNDS {
         let reading = read(base) + read(fine_tune);

@@ -1,13 +1,14 @@
 use std::fmt;
 use std::str::FromStr;
 
-use onebase_codec::{CodecSpec, Kind};
+use onebase_codec::{CodecSpec, DeltaSource as _, Kind};
 use onebase_format::artifact::{Names, Origin, Sizes, StoredTensor, predicted_sizes};
 use onebase_format::{CONFIG_FILE, Digest, SIDE_FILES};
 use serde_json::Value;
 
 use crate::compress::{TOOL, codec_record};
 use crate::model_card::model_card;
+use crate::pair::TensorDelta;
 use crate::{Error, Pair, Plan, Result, TablePlan};
 
 /// How large an artifact may be at most.
@@ -68,18 +69,21 @@ impl fmt::Display for Budget {
 
 impl Budget {
     /// The plan at the greatest size of the linear sites' codec at which the artifact is
-    /// within the budget on disk. Embeddings and head have that codec too, or stay as
-    /// `tables` says.
+    /// within the budget on disk. With `tables_follow` embeddings and head have that codec
+    /// too, else they stay as planned.
     ///
     /// # Errors
     /// When none is, the size of a codec depends on the weights, or a checkpoint cannot be
     /// read.
-    pub fn fit(self, pair: &Pair, codec: &CodecSpec, tables: Option<&TablePlan>) -> Result<Plan> {
+    pub fn fit(self, pair: &Pair, plan: &Plan, tables_follow: bool) -> Result<Plan> {
         let known = Known::of(pair)?;
         let at = |position: f64| {
-            let linear = sized(codec, position);
-            let tables = tables.cloned().unwrap_or_else(|| TablePlan::Codec(linear.clone()));
-            Plan { linear, tables }
+            let mut plan = plan.clone();
+            plan.linear = sized(&plan.linear, position);
+            if tables_follow {
+                plan.tables = TablePlan::Codec(plan.linear.clone());
+            }
+            plan
         };
         let fits = |plan: &Plan| Ok::<_, Error>(self.holds(&known.sizes(pair, plan)?, pair));
         let least = at(0.0);
@@ -132,8 +136,6 @@ impl Budget {
 /// A codec at a position between its least and greatest size; itself where it has but one.
 #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)]
 fn sized(codec: &CodecSpec, position: f64) -> CodecSpec {
-    /// Steps of a number, in bits.
-    const STEP: f64 = 1e-3;
     let Some(option) = codec.size_option() else { return codec.clone() };
     let value: Value = match option.kind {
         Kind::Int { min, max, multiple_of, .. } => {
@@ -144,12 +146,19 @@ fn sized(codec: &CodecSpec, position: f64) -> CodecSpec {
         Kind::Number { min, max, .. } => {
             // Finer where sizes are small, as it is the ratio that matters.
             let value = min * (max / min).powf(position);
-            let stepped = ((value / STEP).floor() * STEP * 1e3).round() / 1e3;
-            stepped.clamp(min, max).into()
+            four_digits(value).clamp(min, max).into()
         }
         Kind::Choice(_) => return codec.clone(),
     };
     codec.with(option.name, value).unwrap_or_else(|_| codec.clone())
+}
+
+/// A positive number cut to its first four digits, as somebody would write it.
+fn four_digits(value: f64) -> f64 {
+    let step = 10f64.powf(value.log10().floor() - 3.0);
+    let cut = (value / step * (1.0 + f64::EPSILON)).floor() * step;
+    // The nearest number to what is written.
+    format!("{cut:.8}").parse().unwrap_or(cut)
 }
 
 /// What sizes depend on beside the plan.
@@ -199,11 +208,10 @@ impl Known {
                 _ if self.unchanged[index] => StoredTensor::unchanged(origin),
                 None => StoredTensor::exact(origin),
                 Some(codec) => {
-                    let shape = [base.shape()[0], base.shape()[1]];
-                    let Some(parts) = codec.parts(shape) else {
+                    let Some(parts) = codec.parts(TensorDelta::new(base, fine_tune).shape()) else {
                         return Err(Error::UnknownSize { codec: codec.to_string() });
                     };
-                    let n_added = fine_tune.shape()[0] - shape[0];
+                    let n_added = fine_tune.shape()[0] - base.shape()[0];
                     let parts = parts.into_iter().map(|p| (p.name, p.dtype, p.shape));
                     StoredTensor::delta(origin, codec_record(codec), parts, n_added)
                 }

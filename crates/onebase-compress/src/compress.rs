@@ -75,6 +75,7 @@ pub fn compress_part(
         options: Map::from_iter([
             ("linear".to_owned(), plan.linear.to_string().into()),
             ("embeddings".to_owned(), plan.tables.to_string().into()),
+            ("vectors".to_owned(), plan.vectors.to_string().into()),
         ]),
         n_tensors: pair.specs.len(),
         shard: job.shard,

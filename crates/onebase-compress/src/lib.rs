@@ -20,7 +20,7 @@ pub use error::Error;
 pub use memory::{ExpectedMemory, expected_memory};
 pub use model_card::updated_model_card;
 pub use pair::{Pair, TensorDelta};
-pub use plan::{Plan, TablePlan};
+pub use plan::{Plan, TablePlan, VectorPlan};
 pub use progress::{Progress, Silent};
 pub use restore::restore;
 pub use verify::{Verified, prepared, verify};

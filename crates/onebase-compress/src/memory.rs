@@ -1,5 +1,7 @@
+use onebase_codec::DeltaSource as _;
 use onebase_format::{CONFIG_FILE, SIDE_FILES};
 
+use crate::pair::TensorDelta;
 use crate::{Pair, Plan, Result};
 
 /// The most memory that compressing takes, and what takes it.
@@ -30,9 +32,9 @@ pub fn expected_memory(pair: &Pair, plan: &Plan, n_threads: usize) -> Result<Exp
         let fine_tune = pair.fine_tune.tensor(&spec.name)?;
         let bytes = match plan.codec(spec.role) {
             Some(codec) => {
-                let shape = [base.shape()[0], base.shape().get(1).copied().unwrap_or(1)];
+                let delta = TensorDelta::new(base, fine_tune);
                 let added = (fine_tune.n_weights() - base.n_weights()) * size_of::<f32>();
-                codec.working_bytes(shape, n_threads) + added
+                codec.working_bytes(delta.shape(), n_threads) + added
             }
             None => fine_tune.size_bytes() + BLOCK_BYTES,
         };

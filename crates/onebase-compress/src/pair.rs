@@ -125,7 +125,7 @@ impl Pair {
         Ok(Digest::of(&seen))
     }
 
-    /// The delta of a matrix, to be read by rows.
+    /// The delta of a matrix or a vector, to be read by rows.
     ///
     /// # Errors
     /// When one of the two has no such tensor.
@@ -134,7 +134,8 @@ impl Pair {
     }
 }
 
-/// The delta of one matrix over the rows that the base has.
+/// The delta of one matrix over the rows that the base has; that of a vector `[n]` is
+/// the matrix `[1, n]`.
 #[derive(Debug)]
 pub struct TensorDelta<'a> {
     pub(crate) base: Tensor<'a>,
@@ -143,9 +144,13 @@ pub struct TensorDelta<'a> {
 }
 
 impl<'a> TensorDelta<'a> {
-    /// Both tensors are matrices of one width, the fine-tune's at least as high.
+    /// Both tensors are vectors of one length, or matrices of one width, the fine-tune's
+    /// at least as high.
     pub(crate) fn new(base: Tensor<'a>, fine_tune: Tensor<'a>) -> Self {
-        let shape = [base.shape()[0], base.shape()[1]];
+        let shape = match *base.shape() {
+            [n] => [1, n],
+            ref shape => [shape[0], shape[1]],
+        };
         Self { base, fine_tune, shape }
     }
 

@@ -4,25 +4,29 @@ use std::str::FromStr;
 use onebase_codec::CodecSpec;
 use onebase_format::artifact::Role;
 
-/// [`TablePlan::Exact`], as it is written.
+/// How exact storage is written.
 const EXACT: &str = "exact";
 
-/// How the tensors of a fine-tune are stored. Norms and biases are always exact.
+/// How the tensors of a fine-tune are stored.
 #[derive(Clone, Debug)]
 pub struct Plan {
     /// The codec of the linear sites.
     pub linear: CodecSpec,
     /// What is done with embeddings and head.
     pub tables: TablePlan,
+    /// What is done with norms and biases.
+    pub vectors: VectorPlan,
 }
 
 impl Plan {
-    /// The codec of tensors of a role; `None` where they are stored exactly.
+    /// The codec of tensors of a role; `None` where they are stored as they are.
     pub fn codec(&self, role: Role) -> Option<&CodecSpec> {
-        match (role, &self.tables) {
-            (Role::Vector, _) | (Role::Embedding | Role::Head, TablePlan::Exact) => None,
-            (Role::Embedding | Role::Head, TablePlan::Codec(codec)) => Some(codec),
-            (Role::Linear, _) => Some(&self.linear),
+        match (role, &self.tables, &self.vectors) {
+            (Role::Linear, _, _) => Some(&self.linear),
+            (Role::Embedding | Role::Head, TablePlan::Codec(codec), _)
+            | (Role::Vector, _, VectorPlan::Codec(codec)) => Some(codec),
+            (Role::Embedding | Role::Head, TablePlan::Exact, _)
+            | (Role::Vector, _, VectorPlan::Exact) => None,
         }
     }
 }
@@ -36,19 +40,36 @@ pub enum TablePlan {
     Codec(CodecSpec),
 }
 
-impl fmt::Display for TablePlan {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            TablePlan::Exact => f.write_str(EXACT),
-            TablePlan::Codec(codec) => codec.fmt(f),
+/// How vectors, the norms and biases, are stored.
+#[derive(Clone, Debug, Default)]
+pub enum VectorPlan {
+    /// As they are in the fine-tune.
+    #[default]
+    Exact,
+    /// As a delta, a vector `[n]` being a matrix `[1, n]`.
+    Codec(CodecSpec),
+}
+
+/// Both are written as `exact` or as a codec.
+macro_rules! written {
+    ($($plan:ident)*) => {$(
+        impl fmt::Display for $plan {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                match self {
+                    $plan::Exact => f.write_str(EXACT),
+                    $plan::Codec(codec) => codec.fmt(f),
+                }
+            }
         }
-    }
+
+        impl FromStr for $plan {
+            type Err = onebase_codec::Error;
+
+            fn from_str(text: &str) -> Result<Self, Self::Err> {
+                if text == EXACT { Ok($plan::Exact) } else { text.parse().map($plan::Codec) }
+            }
+        }
+    )*};
 }
 
-impl FromStr for TablePlan {
-    type Err = onebase_codec::Error;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        if text == EXACT { Ok(TablePlan::Exact) } else { text.parse().map(TablePlan::Codec) }
-    }
-}
+written!(TablePlan VectorPlan);

@@ -1,6 +1,6 @@
 use onebase_codec::{CodecSpec, DeltaLinear};
 use onebase_format::Checkpoint;
-use onebase_format::artifact::{Artifact, MANIFEST_FILE, Storage};
+use onebase_format::artifact::{Artifact, MANIFEST_FILE, Role, Storage};
 use onebase_model::{ModelConfig, TensorSpec};
 use rayon::prelude::*;
 use serde::Serialize;
@@ -60,10 +60,10 @@ pub(crate) fn fine_tune_specs(base: &Checkpoint, artifact: &Artifact) -> Result<
         let tensor = base.tensor(&spec.name)?;
         let base_shape = tensor.shape();
         let covered = match &record.storage {
-            Storage::Codec { added_rows, .. } => {
+            Storage::Codec { added_rows, .. } if spec.role != Role::Vector => {
                 vec![record.shape[0] - added_rows, record.shape[1]]
             }
-            Storage::Unchanged => record.shape.clone(),
+            Storage::Codec { .. } | Storage::Unchanged => record.shape.clone(),
             Storage::Exact { .. } => base_shape.to_vec(),
         };
         for (expected, got) in [(&spec.shape, &record.shape), (&base_shape.to_vec(), &covered)] {

@@ -5,8 +5,8 @@
 
 mod support;
 
-use onebase_codec::{CODECS, CodecSpec};
-use onebase_compress::{Budget, Error, Pair, Silent, TablePlan, compress};
+use onebase_codec::CODECS;
+use onebase_compress::{Budget, Error, Pair, Plan, Silent, VectorPlan, compress};
 use onebase_format::artifact::Sizes;
 use support::{Folder, Memory, SAME, demo};
 
@@ -16,9 +16,12 @@ fn pair_of_demo() -> Pair {
 
 fn fitted(pair: &Pair, budget: &str, codec: &str, tables: Option<&str>) -> Result<Sizes, Error> {
     let budget: Budget = budget.parse().unwrap();
-    let tables = tables.map(|tables| tables.parse::<TablePlan>().unwrap());
-    let codec: CodecSpec = codec.parse().unwrap();
-    let plan = budget.fit(pair, &codec, tables.as_ref())?;
+    let plan = Plan {
+        linear: codec.parse().unwrap(),
+        tables: tables.unwrap_or(codec).parse().unwrap(),
+        vectors: VectorPlan::Exact,
+    };
+    let plan = budget.fit(pair, &plan, tables.is_none())?;
     let dir = tempfile::tempdir().unwrap();
     Ok(compress(pair, &plan, &dir.path().join("out"), &Silent).unwrap().1)
 }
@@ -69,7 +72,8 @@ fn every_codec_stays_within_a_budget_and_uses_it() {
             };
             assert!(used <= 1.0, "{what}: {used}");
             // Ranks of matrices as small as these are coarse.
-            let continuous = ["low-rank", "dqrelo", "dqrelo-plus"].contains(&codec.name());
+            let continuous =
+                ["low-rank", "dqrelo", "dqrelo-plus", "magnitude"].contains(&codec.name());
             assert!(!continuous || used > 0.85, "{what}: {used}");
         }
     }

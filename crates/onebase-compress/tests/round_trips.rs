@@ -12,7 +12,7 @@ use onebase_codec::CODECS;
 use onebase_compress::{Pair, Silent, compress, restore, verify};
 use onebase_format::artifact::{Artifact, Storage};
 use onebase_format::{Checkpoint, SIDE_FILES};
-use onebase_model::{Model, Tenant};
+use onebase_model::{KvCache, Logits, Model, Segment, Tenant};
 use onebase_tensor::DType;
 use support::{
     EMBEDDING, FAMILIES, Folder, HEAD, Memory, NORM, Stored, UP, contents, demo, difference,
@@ -289,10 +289,10 @@ fn larger_vocabulary(family: &str, codec: &str) {
         assert!(error <= 1e-4, "{what}: {error:e}");
     }
     // The base has no such token.
-    let mut cache = onebase_model::KvCache::new(model.config());
-    let logits = onebase_model::Logits::Last;
+    let mut cache = KvCache::new(model.config());
+    let logits = Logits::Last;
     let tokens = &[last][..];
-    let segment = onebase_model::Segment { tokens, tenant: None, cache: &mut cache, logits };
+    let segment = Segment { tokens, tenant: None, cache: &mut cache, logits };
     let error = model.forward(&mut [segment]).unwrap_err();
     let vocab_size = base.tensors[EMBEDDING].shape[0];
     let onebase_model::Error::Token { token, vocab_size: got } = error else { panic!("{error:?}") };
@@ -325,4 +325,77 @@ fn a_vocabulary_that_only_grew_is_a_change() {
         .collect();
     assert_eq!(changed, BTreeMap::from([(EMBEDDING, 181), (HEAD, 181)]));
     assert_eq!(folder.restore().tensors, tuned.tensors);
+}
+
+/// The names of vectors of a checkpoint.
+fn vectors(memory: &Memory) -> Vec<String> {
+    let vectors = memory.tensors.iter().filter(|(_, tensor)| tensor.shape.len() == 1);
+    vectors.map(|(name, _)| name.clone()).collect()
+}
+
+/// Norms, norms of heads and biases, each one the base's but for its largest changes.
+#[test]
+fn vectors_can_be_deltas_too() {
+    for family in FAMILIES {
+        let base = Memory::fixture(family);
+        let mut tuned = base.tuned(9);
+        // One stays the base's.
+        tuned.tensors.insert(NORM.to_owned(), base.tensors[NORM].clone());
+        let folder = Folder::new(&base, &tuned);
+        folder.compress("dense vectors magnitude:keep=0.25");
+        let (checkpoint, artifact) = folder.open();
+        verify(&checkpoint, &artifact, &Silent).unwrap();
+        assert_eq!(artifact.record(NORM).unwrap().storage, Storage::Unchanged);
+        let restored = folder.restore();
+        for name in vectors(&base).iter().filter(|name| *name != NORM) {
+            let [base, tuned, got] = [&base, &tuned, &restored].map(|m| m.tensors[name].widen());
+            assert_eq!(artifact.delta(name).unwrap().unwrap().1.shape, [1, base.len()]);
+            let kept = base.iter().zip(&got).filter(|(base, got)| base != got).count();
+            assert!(kept > 0 && kept <= base.len().div_ceil(4), "{family}, {name}: {kept}");
+            for ((base, tuned), got) in base.iter().zip(&tuned).zip(&got) {
+                let near = (got - tuned).abs() <= 0.01 * (tuned - base).abs() + 0.01 * tuned.abs();
+                assert!(got == base || near, "{family}, {name}: {base} {tuned} {got}");
+            }
+        }
+        // The tenant answers as what is restored does, and its neighbours as ever.
+        let model = Model::load(checkpoint).unwrap();
+        let tenant = Tenant::load(&model, &artifact).unwrap();
+        let own = Model::load(Checkpoint::open(&folder.restored()).unwrap()).unwrap();
+        let tokens = [3, 1, 4, 1, 5, 9, 2, 6];
+        let alone = [None, Some(&tenant)].map(|tenant| logits(&model, tenant, &tokens));
+        let error = difference(&alone[1], &logits(&own, None, &tokens));
+        let bound = if family.contains("16") { 2e-2 } else { 1e-4 };
+        assert!(error <= bound, "{family}: {error:e}");
+        let mut caches = [0; 3].map(|_| KvCache::new(model.config()));
+        let whose = [Some(&tenant), None, Some(&tenant)];
+        let mut segments: Vec<Segment<'_>> = caches
+            .iter_mut()
+            .zip(whose)
+            .map(|(cache, tenant)| Segment { tokens: &tokens, tenant, cache, logits: Logits::All })
+            .collect();
+        let together = model.forward(&mut segments).unwrap();
+        assert!(together == [&alone[1][..], &alone[0], &alone[1]], "{family}");
+    }
+}
+
+#[test]
+fn vectors_come_back_whole_through_a_codec_that_keeps_all() {
+    for family in ["llama_bias", "qwen3", "qwen2_tied"] {
+        let base = Memory::fixture(family);
+        let tuned = base.tuned(3);
+        let folder = Folder::new(&base, &tuned);
+        folder.compress("sign vectors dense");
+        let restored = folder.restore();
+        for name in vectors(&base) {
+            let [base, want, got] = [&base, &tuned, &restored].map(|m| &m.tensors[&name]);
+            check_restored(&name, base, want, got);
+        }
+        // Beside the same codec with exact vectors nothing else changes.
+        let other = Folder::new(&base, &tuned);
+        other.compress("sign");
+        let exact = other.restore();
+        for (name, tensor) in restored.tensors.iter().filter(|(_, t)| t.shape.len() > 1) {
+            assert!(exact.tensors[name] == *tensor, "{family}, {name}");
+        }
+    }
 }

@@ -486,3 +486,39 @@ fn the_base_s_tensor_must_fill_what_is_unchanged() {
         }
     }
 }
+
+#[test]
+fn altered_deltas_of_vectors_are_refused() {
+    let codec = "rtn vectors magnitude:keep=0.25";
+    let module = NORM.strip_suffix(".weight").unwrap();
+    let value = format!("{module}.value");
+    // Fewer kept than the options say.
+    let folder = Folder::compressed("llama_tied_gqa", codec);
+    folder.edit_parts(REST, |parts| {
+        let value = parts.get_mut(&value).unwrap();
+        value.shape[0] -= 1;
+        value.bytes.truncate(value.bytes.len() - value.dtype.size_bytes());
+    });
+    codec_refusals(&folder, NORM, |error| {
+        assert!(matches!(error, CodecError::Part(PartError::Shape { .. })), "{error:?}");
+    });
+    // Places that no encoder writes.
+    let folder = Folder::compressed("llama_tied_gqa", codec);
+    folder.edit_parts(REST, |parts| {
+        parts.get_mut(&format!("{module}.mask")).unwrap().bytes.fill(0xff);
+    });
+    codec_refusals(&folder, NORM, |error| {
+        assert!(matches!(error, CodecError::Part(PartError::Value { .. })), "{error:?}");
+    });
+    // A vector of another length than the model's.
+    let folder = Folder::compressed("llama_tied_gqa", codec);
+    folder.edit_manifest(|m| {
+        let n = m["tensors"][NORM]["shape"][0].as_u64().unwrap();
+        m["tensors"][NORM]["shape"][0] = json!(n + 1);
+    });
+    let (verify, restore, tenant) = folder.refusals();
+    for error in [verify, restore] {
+        assert!(matches!(error, Error::Model(ModelError::Shape { .. })), "{error:?}");
+    }
+    assert!(matches!(tenant, ModelError::Shape { .. }), "{tenant:?}");
+}

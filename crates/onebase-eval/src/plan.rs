@@ -54,7 +54,7 @@ impl Plan {
 
     fn add(&mut self, text: &str, bits: &[f64], baseline: bool) -> Result<()> {
         let spec: CodecSpec = text.parse()?;
-        let size = spec.size_option().filter(|_| !CodecSpec::says_size(text));
+        let size = spec.bits_option().filter(|_| !CodecSpec::says_size(text));
         let Some(size) = size else {
             self.push(spec, baseline);
             return Ok(());

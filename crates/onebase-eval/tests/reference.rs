@@ -6,7 +6,7 @@
 
 use std::path::{Path, PathBuf};
 
-use onebase_compress::{Pair, Plan, Silent, TablePlan, compress};
+use onebase_compress::{Pair, Plan, Silent, TablePlan, VectorPlan, compress};
 use onebase_eval::{Ruler, Subject, Task, Tests, TextFile, Unwatched};
 use onebase_format::Checkpoint;
 use onebase_format::artifact::Artifact;
@@ -37,7 +37,11 @@ fn figures_are_those_of_pytorch() {
         let folder = family.join(name);
         let place = tempfile::tempdir().unwrap();
         let out = place.path().join("a");
-        let plan = Plan { linear: codec.clone(), tables: TablePlan::Codec(codec.clone()) };
+        let plan = Plan {
+            linear: codec.clone(),
+            tables: TablePlan::Codec(codec.clone()),
+            vectors: VectorPlan::Exact,
+        };
         let pair = Pair::open(&family.join("base"), &folder).unwrap();
         compress(&pair, &plan, &out, &Silent).unwrap();
 

@@ -284,6 +284,23 @@ fn records_must_agree_with_the_files() {
         let (_, problem) = tensor("layer.up.weight", "shape", shape);
         assert!(problem.contains("0 added rows in shape"), "{problem}");
     }
+    for (role, shape, added) in [
+        ("vector", json!([6, 8]), 0),
+        ("vector", json!([1, 8]), 0),
+        ("vector", json!([]), 0),
+        ("vector", json!([8]), 1),
+        ("embedding", json!([8]), 0),
+        ("head", json!([8]), 8),
+    ] {
+        let (entry, problem) = contradiction(manifest_refusal(|m| {
+            m["tensors"]["embed.weight"]["role"] = json!(role);
+            m["tensors"]["embed.weight"]["shape"] = shape.clone();
+            m["tensors"]["embed.weight"]["added_rows"] = json!(added);
+        }));
+        assert_eq!(entry, "embed.weight");
+        let vector = problem.ends_with("of a vector");
+        assert!(problem.contains("added rows in shape") && vector == (role == "vector"));
+    }
 }
 
 #[test]

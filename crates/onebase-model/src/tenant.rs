@@ -1,5 +1,7 @@
 use onebase_codec::{CodecSpec, DeltaLinear};
+use onebase_format::Checkpoint;
 use onebase_format::artifact::{Artifact, Role, Storage};
+use onebase_kernels::add_assign;
 
 use crate::decoder::{Decoder, Loaded, Loader};
 use crate::linear::SiteDelta;
@@ -41,8 +43,12 @@ impl Tenant {
         artifact.check_files()?;
         let config = ModelConfig::of_artifact(artifact, model.checkpoint())?;
         model.config.check_fine_tune(&config, artifact.dir())?;
-        let mut loader =
-            TenantLoader { artifact, base_rows: model.config.vocab_size, resident_bytes: 0 };
+        let mut loader = TenantLoader {
+            artifact,
+            base: model.checkpoint(),
+            base_rows: model.config.vocab_size,
+            resident_bytes: 0,
+        };
         let Decoder { embedding, layers, norm, head } = Decoder::load(&config, &mut loader)?;
         let decoder = Decoder { embedding, layers, norm, head };
         let rope = Rope::new(&config);
@@ -62,6 +68,7 @@ impl Tenant {
 
 pub(crate) struct TenantLoader<'a> {
     artifact: &'a Artifact,
+    base: &'a Checkpoint,
     /// Rows of the base's token tables.
     base_rows: usize,
     resident_bytes: usize,
@@ -81,7 +88,7 @@ impl TenantLoader<'_> {
     }
 
     /// The prepared delta of a tensor, `None` when it is the base's.
-    fn delta(&mut self, tensor: &str, shape: [usize; 2]) -> Result<Option<Box<dyn DeltaLinear>>> {
+    fn delta(&self, tensor: &str, shape: [usize; 2]) -> Result<Option<Box<dyn DeltaLinear>>> {
         let Some((record, delta)) = self.artifact.delta(tensor)? else { return Ok(None) };
         self.check_shape(tensor, &shape, &delta.shape)?;
         let prepared = CodecSpec::from_record(&record.name, record.version, &record.options)
@@ -91,8 +98,20 @@ impl TenantLoader<'_> {
                 tensor: tensor.to_owned(),
                 source,
             })?;
-        self.resident_bytes += prepared.resident_bytes();
         Ok(Some(prepared))
+    }
+
+    /// A vector that is stored as a delta of the base's, and need not stay one: it is no
+    /// larger as itself. `None` when it is not stored so.
+    fn vector_sum(&self, name: &str, len: usize) -> Result<Option<Vec<f32>>> {
+        let Some(delta) = self.delta(name, [1, len])? else { return Ok(None) };
+        let base = self.base.tensor(name)?;
+        self.check_shape(name, &[len], base.shape())?;
+        let (mut sum, mut change) = (vec![0.0; len], vec![0.0; len]);
+        base.dtype().widen(&base.bytes(), &mut sum);
+        delta.write_rows(0..1, &mut change);
+        add_assign(&mut sum, &change);
+        Ok(Some(sum))
     }
 }
 
@@ -106,6 +125,7 @@ impl Loader for TenantLoader<'_> {
         let record = self.artifact.record_for(&weight, Role::Linear)?;
         self.check_shape(&weight, &shape, &record.shape)?;
         let delta = self.delta(&weight, shape)?;
+        self.resident_bytes += delta.as_ref().map_or(0, |delta| delta.resident_bytes());
         let bias = if bias { self.vector(&format!("{module}.bias"), shape[0])? } else { None };
         Ok(SiteDelta { delta, bias })
     }
@@ -113,7 +133,10 @@ impl Loader for TenantLoader<'_> {
     fn vector(&mut self, name: &str, len: usize) -> Result<Option<Vec<f32>>> {
         let record = self.artifact.record_for(name, Role::Vector)?;
         self.check_shape(name, &[len], &record.shape)?;
-        let wide = self.artifact.exact(name)?.map(|tensor| tensor.widen());
+        let wide = match self.artifact.exact(name)? {
+            Some(tensor) => Some(tensor.widen()),
+            None => self.vector_sum(name, len)?,
+        };
         self.resident_bytes += wide.as_ref().map_or(0, |v| size_of_val(v.as_slice()));
         Ok(wide)
     }
@@ -136,6 +159,7 @@ impl Loader for TenantLoader<'_> {
                 let Some(delta) = self.delta(name, base_shape)? else {
                     unreachable!("the record says it has a delta")
                 };
+                self.resident_bytes += delta.resident_bytes();
                 TableDelta::Delta { delta, added: added.as_ref().map(Weight::exact) }
             }
         };

@@ -304,6 +304,17 @@ pub enum PartError {
         /// The shape that was there.
         got: Vec<usize>,
     },
+    /// A part holds a number that the codec does not write.
+    Value {
+        /// Its name.
+        part: String,
+        /// The element.
+        index: usize,
+        /// What the codec writes.
+        expected: String,
+        /// What was there.
+        got: String,
+    },
     /// A part that must hold finite numbers does not.
     NotFinite {
         /// Its name.
@@ -323,6 +334,9 @@ impl fmt::Display for PartError {
             }
             PartError::Shape { part, expected, got } => {
                 write!(f, "part `{part}`: expected shape {expected:?}, got {got:?}")
+            }
+            PartError::Value { part, index, expected, got } => {
+                write!(f, "part `{part}`, element {index}: expected {expected}, got {got}")
             }
             PartError::NotFinite { part, index } => {
                 write!(f, "part `{part}`: element {index} is not a finite number")

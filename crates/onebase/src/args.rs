@@ -6,7 +6,7 @@ use std::str::FromStr;
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Parser, Subcommand};
 use onebase_codec::CodecSpec;
-use onebase_compress::{Budget, TablePlan};
+use onebase_compress::{Budget, TablePlan, VectorPlan};
 use onebase_format::artifact::Shard;
 
 /// One base model, hundreds of fine-tunes.
@@ -69,6 +69,9 @@ pub(crate) struct CompressArgs {
     /// How embeddings and head are stored: `exact`, or a codec; the same codec unless given
     #[arg(long, value_parser = tables)]
     pub(crate) embeddings: Option<TablePlan>,
+    /// How norms and biases are stored: `exact`, or a codec
+    #[arg(long, default_value = "exact", value_parser = vectors)]
+    pub(crate) vectors: VectorPlan,
     /// Choose the codec's `bits` so that the artifact is no larger: 2.1bpw (effective bits per
     /// weight of the linear sites), 10% (of the fine-tune's bytes) or 200MB
     #[arg(long, value_name = "SIZE")]
@@ -300,6 +303,10 @@ fn shard(text: &str) -> Result<Shard, String> {
 }
 
 fn tables(text: &str) -> Result<TablePlan, String> {
+    text.parse().map_err(|e| with_hint(&e))
+}
+
+fn vectors(text: &str) -> Result<VectorPlan, String> {
     text.parse().map_err(|e| with_hint(&e))
 }
 

@@ -162,12 +162,13 @@ fn wrong_use_exits_with_two() {
     let (base, math, out) = (arg("base"), arg("math"), place.text("a"));
     let compress = ["compress", &base, &math, "--out", &out];
     let generate = ["generate", &base, "--prompt", "hi"];
-    let cases: [(&[&str], &[&str], &[&str]); 24] = [
+    let cases: [(&[&str], &[&str], &[&str]); 25] = [
         (&[], &[], &["Usage: onebase"]),
         (&["compres"], &[], &["unrecognized subcommand 'compres'", "'compress'"]),
         (&compress, &["--codec", "sgin"], &["unknown codec \"sgin\"", "did you mean `sign`"]),
         (&compress, &["--codec", ""], &["unknown codec \"\""]),
         (&compress, &["--embeddings", "exat"], &["unknown codec \"exat\""]),
+        (&compress, &["--vectors", "magnitud"], &["unknown codec", "did you mean `magnitude`"]),
         (&compress, &["--codec", "rtn:bit=4"], &["rtn has no option \"bit\"", "it has bits"]),
         (&compress, &["--codec", "rtn:bits=9"], &["option bits: expected 1 to 8, got 9"]),
         (&compress, &["--codec", "rtn:bits"], &["option bits: expected 1 to 8, got \"\""]),

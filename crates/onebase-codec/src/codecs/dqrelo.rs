@@ -10,7 +10,8 @@
 //! decomposition is computed, in which type the scale is stored or where the
 //! singular values go; here it is a random range finder by default, f32, and half of
 //! each on both sides. The paper also keeps only the largest entries of
-//! changed vectors (norms, biases); here vectors are stored exactly.
+//! changed vectors (norms, biases): that is the codec `magnitude` with `keep` at the
+//! ratio, for those who store vectors with it.
 //!
 //! As with every codec that decomposes, bytes are the same on any number of threads, on
 //! processors of one kind.

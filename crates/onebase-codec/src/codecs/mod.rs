@@ -15,6 +15,7 @@ codecs! {
     rtn::Rtn,
     sign::Sign,
     low_rank::LowRank,
+    magnitude::Magnitude,
     dqrelo::Dqrelo,
     dqrelo_plus::DqreloPlus,
 }

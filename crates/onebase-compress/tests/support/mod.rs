@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use onebase_compress::{Pair, Plan, Silent, TablePlan, compress};
+use onebase_compress::{Pair, Plan, Silent, TablePlan, VectorPlan, compress};
 use onebase_format::artifact::{Artifact, MANIFEST_FILE};
 use onebase_format::{Checkpoint, Digest};
 use onebase_model::{KvCache, Logits, Model, Segment, Tenant};
@@ -178,13 +178,19 @@ impl Noise {
     }
 }
 
-/// A plan with one codec for everything; `exact` tables where the text ends so.
+/// A plan with one codec for everything but vectors; `exact` tables where the text ends
+/// so; a codec for vectors after ` vectors `.
 pub(crate) fn plan(codec: &str) -> Plan {
+    let (codec, vectors) = codec.split_once(" vectors ").unwrap_or((codec, "exact"));
     let (codec, tables) = match codec.strip_suffix(" exact") {
         Some(codec) => (codec, "exact"),
         None => (codec, codec),
     };
-    Plan { linear: codec.parse().unwrap(), tables: tables.parse::<TablePlan>().unwrap() }
+    Plan {
+        linear: codec.parse().unwrap(),
+        tables: tables.parse::<TablePlan>().unwrap(),
+        vectors: vectors.parse::<VectorPlan>().unwrap(),
+    }
 }
 
 /// A base, a fine-tune and a place for what is made from them.

@@ -171,6 +171,19 @@ pub(crate) fn part_name(tensor: &str, part: &str) -> String {
 }
 
 impl TensorRecord {
+    /// The shape of the matrix that the parts decode to: the base's or, of a vector
+    /// `[n]`, `[1, n]`. `None` when it is not stored as a delta, or its shape is none
+    /// that its role has.
+    pub fn delta_shape(&self) -> Option<[usize; 2]> {
+        let Storage::Codec { added_rows, .. } = self.storage else { return None };
+        match (self.role, self.shape[..].as_ref()) {
+            (Role::Vector, [n]) => (added_rows == 0).then_some([1, *n]),
+            (Role::Vector, _) => None,
+            (_, [n_rows, n_cols]) => Some([n_rows.checked_sub(added_rows)?, *n_cols]),
+            _ => None,
+        }
+    }
+
     /// The names under which its parts lie in their file.
     pub(crate) fn stored_names(&self, tensor: &str) -> Vec<String> {
         match &self.storage {

@@ -165,9 +165,10 @@ impl Artifact {
                         self.bad(tensor, format!("names codec {codec}, which is not listed"))
                     );
                 }
-                if record.shape.len() != 2 || *added_rows > record.shape[0] {
-                    let shape = &record.shape;
-                    let problem = format!("{added_rows} added rows in shape {shape:?}");
+                if record.delta_shape().is_none() {
+                    let TensorRecord { role, shape, .. } = record;
+                    let what = if *role == Role::Vector { " of a vector" } else { "" };
+                    let problem = format!("{added_rows} added rows in shape {shape:?}{what}");
                     return Err(self.bad(tensor, problem));
                 }
             }
@@ -256,7 +257,9 @@ impl Artifact {
     /// When a part is missing or malformed.
     pub fn delta(&self, tensor: &str) -> Result<Option<(&CodecRecord, EncodedDelta)>> {
         let record = self.record(tensor)?;
-        let Storage::Codec { codec, file, parts, added_rows } = &record.storage else {
+        let (Storage::Codec { codec, file, parts, .. }, Some(shape)) =
+            (&record.storage, record.delta_shape())
+        else {
             return Ok(None);
         };
         let file = self.file(tensor, file)?;
@@ -275,7 +278,6 @@ impl Artifact {
             };
             by_name.insert(part.clone(), read);
         }
-        let shape = [record.shape[0] - added_rows, record.shape[1]];
         let delta = EncodedDelta { shape, parts: by_name };
         Ok(Some((&self.manifest.codecs[*codec], delta)))
     }

@@ -131,7 +131,8 @@ impl ArtifactWriter {
     }
 
     /// Stores a tensor as an encoded delta; `added_rows` are the bytes of the
-    /// rows past the base's, in the fine-tune's type.
+    /// rows past the base's, in the fine-tune's type. The delta of a vector `[n]` is
+    /// `[1, n]`, and it has no added rows.
     ///
     /// # Errors
     /// When it cannot be written.
@@ -144,7 +145,10 @@ impl ArtifactWriter {
     ) -> Result<()> {
         let parts = delta.parts.iter();
         let parts = parts.map(|(name, part)| (name.as_str(), part.dtype(), part.shape().to_vec()));
-        let n_added = origin.shape[0] - delta.shape[0];
+        let n_added = match origin.role {
+            Role::Vector => 0,
+            _ => origin.shape[0] - delta.shape[0],
+        };
         let tensor = StoredTensor::delta(origin, codec, parts, n_added);
         let data: Vec<_> = delta.parts.values().map(|part| part.data().to_le_bytes()).collect();
         let bytes: Vec<&[u8]> = data.iter().map(AsRef::as_ref).chain([added_rows]).collect();

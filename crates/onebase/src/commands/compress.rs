@@ -21,15 +21,17 @@ pub(crate) fn run(args: &CompressArgs, output: &Output) -> anyhow::Result<()> {
     let start = Instant::now();
     let pair = Pair::open(&args.base, &args.fine_tune)?;
     let codec = &args.codec.spec;
+    let plan = Plan {
+        linear: codec.clone(),
+        tables: args.embeddings.clone().unwrap_or_else(|| TablePlan::Codec(codec.clone())),
+        vectors: args.vectors.clone(),
+    };
     let plan = match args.budget {
         Some(_) if args.codec.has_size => {
             bail!("{codec} says its size, so that --budget cannot choose it; give one of them")
         }
-        Some(budget) => budget.fit(&pair, codec, args.embeddings.as_ref())?,
-        None => {
-            let tables = args.embeddings.clone().unwrap_or_else(|| TablePlan::Codec(codec.clone()));
-            Plan { linear: codec.clone(), tables }
-        }
+        Some(budget) => budget.fit(&pair, &plan, args.embeddings.is_none())?,
+        None => plan,
     };
     let expected = expected_memory(&pair, &plan, rayon::current_num_threads())?;
     Output::note(&format!(

@@ -3,7 +3,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, bail};
 use onebase_codec::{CODECS, CodecSpec};
-use onebase_compress::{Pair, Plan, TablePlan, compress};
+use onebase_compress::{Pair, Plan, TablePlan, VectorPlan, compress};
 use onebase_eval::{Ruler, Subject, Task, Tests};
 use onebase_format::Checkpoint;
 use onebase_format::artifact::{Artifact, Sizes};
@@ -107,7 +107,11 @@ fn fine_tune_rows(
     for codec in codecs()? {
         let target = artifact_dir(out, fine_tune, &codec);
         let bar = Bar::new(&format!("{fine_tune}, {codec}"));
-        let plan = Plan { linear: codec.clone(), tables: TablePlan::Codec(codec.clone()) };
+        let plan = Plan {
+            linear: codec.clone(),
+            tables: TablePlan::Codec(codec.clone()),
+            vectors: VectorPlan::Exact,
+        };
         let (_, sizes) = compress(&pair, &plan, &target, &bar)?;
         bar.finish();
         let tenant = Tenant::load(model, &Artifact::open(&target)?)?;
