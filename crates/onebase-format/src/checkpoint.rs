@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use crate::error::Error;
 use crate::safetensors_file::{MappedBytes, SafetensorsFile, TensorHeader};
+use crate::stacked::unstack;
 use crate::{Digest, Result, digest};
 
 /// The model's configuration in a checkpoint folder.
@@ -48,7 +49,7 @@ struct Index {
 
 impl Checkpoint {
     /// Opens a folder with `config.json` and `model.safetensors`, or shards with
-    /// their index.
+    /// their index. Experts that lie stacked in one tensor are listed one by one.
     ///
     /// # Errors
     /// When something is missing or malformed; the error says which file.
@@ -58,7 +59,7 @@ impl Checkpoint {
         if !config_path.is_file() {
             return Err(not_a(CONFIG_FILE));
         }
-        let config = read_json(&config_path)?;
+        let config: Value = read_json(&config_path)?;
         let index_path = dir.join(INDEX_FILE);
         let mut files = Vec::new();
         // Where both are there the single file counts, as in transformers.
@@ -90,6 +91,9 @@ impl Checkpoint {
             return Err(not_a(SINGLE_FILE));
         }
         let mut tensors = BTreeMap::new();
+        for file in &mut files {
+            unstack(file, &config)?;
+        }
         for (index, file) in files.iter().enumerate() {
             for name in file.tensors.keys() {
                 match tensors.entry(name.clone()) {

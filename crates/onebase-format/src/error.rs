@@ -98,6 +98,18 @@ pub enum Error {
         /// Its type.
         got: String,
     },
+    /// The experts of a block lie in one tensor that cannot be taken apart.
+    #[error("{}: tensor {tensor}: expected shape {expected}, got {got:?}", path.display())]
+    StackedShape {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// What its dimensions mean.
+        expected: &'static str,
+        /// Its shape.
+        got: Vec<usize>,
+    },
     /// The folder to write is already there.
     #[error("{} already exists", path.display())]
     Exists {
@@ -241,6 +253,14 @@ impl Error {
             Error::UnfinishedShard { index, count, .. } => {
                 format!("run the same `onebase compress` with --shard {index}/{count}")
             }
+            Error::MissingTensor { .. } => {
+                "the files are incomplete, or config.json is another model's; fetch them again, \
+                 all from the same place"
+                    .into()
+            }
+            Error::StackedShape { .. } => "write a tensor for each expert: transformers' \
+                 save_pretrained(save_original_format=True)"
+                .into(),
             Error::Exists { .. } => "remove it or choose another output".into(),
             Error::NewerFormat { .. } => "install a newer onebase".into(),
             Error::OtherBase { .. } => {

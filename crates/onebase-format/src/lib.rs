@@ -11,6 +11,7 @@ mod digest;
 mod error;
 mod map;
 mod safetensors_file;
+mod stacked;
 mod tensor_writer;
 
 pub use atomic::{StagedFolder, write_file};

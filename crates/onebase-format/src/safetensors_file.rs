@@ -31,6 +31,13 @@ impl TensorHeader {
     pub fn size_bytes(&self) -> usize {
         self.end - self.begin
     }
+
+    /// A tensor of this type and another shape in `n_bytes` of this one's data, from
+    /// the byte `offset` on.
+    pub(crate) fn slice(&self, offset: usize, n_bytes: usize, shape: Vec<usize>) -> Self {
+        let begin = self.begin + offset;
+        Self { dtype: self.dtype.clone(), shape, begin, end: begin + n_bytes }
+    }
 }
 
 /// Bytes of a file in memory, which stay mapped for as long as this lives.

@@ -109,7 +109,7 @@ pub enum Role {
     Embedding,
     /// The output head, `[vocabulary, hidden]`.
     Head,
-    /// A norm's weight or a bias.
+    /// A norm's weight, a bias, or the router of a block with experts, which is never a delta.
     Vector,
 }
 
