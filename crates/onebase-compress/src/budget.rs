@@ -204,7 +204,7 @@ impl Known {
                 base: Digest::of(b""),
                 fine_tune: Digest::of(b""),
             };
-            tensors.push(match plan.codec(spec.role) {
+            tensors.push(match plan.codec(spec.role, fine_tune.shape()) {
                 _ if self.unchanged[index] => StoredTensor::unchanged(origin),
                 None => StoredTensor::exact(origin),
                 Some(codec) => {

@@ -182,7 +182,7 @@ fn put_tensor(
         return Ok(writer.put(StoredTensor::unchanged(origin(digest, digest)), &[])?);
     }
     let digests = || rayon::join(|| base.digest(), || fine_tune.digest());
-    let Some(codec) = plan.codec(spec.role) else {
+    let Some(codec) = plan.codec(spec.role, fine_tune.shape()) else {
         let bytes = read_finite(&fine_tune, 0)?;
         let (base, of_fine_tune) = digests();
         return Ok(writer.put(StoredTensor::exact(origin(base?, of_fine_tune?)), &bytes)?);

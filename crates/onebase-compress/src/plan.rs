@@ -7,7 +7,7 @@ use onebase_format::artifact::Role;
 /// How exact storage is written.
 const EXACT: &str = "exact";
 
-/// How the tensors of a fine-tune are stored.
+/// How the tensors of a fine-tune are stored. Routers are always exact.
 #[derive(Clone, Debug)]
 pub struct Plan {
     /// The codec of the linear sites.
@@ -19,9 +19,11 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// The codec of tensors of a role; `None` where they are stored as they are.
-    pub fn codec(&self, role: Role) -> Option<&CodecSpec> {
+    /// The codec of tensors of a role and shape; `None` where they are stored as they are.
+    pub fn codec(&self, role: Role, shape: &[usize]) -> Option<&CodecSpec> {
         match (role, &self.tables, &self.vectors) {
+            // A router, see the artifact format.
+            (Role::Vector, ..) if shape.len() > 1 => None,
             (Role::Linear, _, _) => Some(&self.linear),
             (Role::Embedding | Role::Head, TablePlan::Codec(codec), _)
             | (Role::Vector, _, VectorPlan::Codec(codec)) => Some(codec),

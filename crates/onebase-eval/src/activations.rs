@@ -26,7 +26,8 @@ pub(crate) struct Calibration<'a> {
     pub(crate) tokens: &'a [u32],
 }
 
-/// `Σ x xᵀ / n` over the inputs `x` of a site, `[in_features, in_features]`.
+/// `Σ x xᵀ / n` over the inputs `x` of a site, `[in_features, in_features]`, where `n`
+/// is the number of tokens of the text: experts count by how often they are chosen.
 #[derive(Default)]
 pub(crate) struct SecondMoment {
     pub(crate) values: Vec<f64>,
@@ -49,9 +50,7 @@ pub(crate) fn map_sites<T: Send>(
         return map_group(&sites, &Moments::default(), watcher, &each);
     };
     let config = calibration.model.config();
-    let widths = [config.hidden_size, config.n_heads * config.head_dim, config.hidden_size];
-    let layer_elements: usize =
-        widths.iter().chain([&config.intermediate_size]).map(|width| width * width).sum();
+    let layer_elements = most_elements(&sites, config.n_layers);
     let layers_at_a_time = (MOMENT_BYTES / (layer_elements * MOMENT_ELEMENT_BYTES).max(1)).max(1);
     let mut results = Vec::new();
     for first in (0..config.n_layers).step_by(layers_at_a_time) {
@@ -60,12 +59,21 @@ pub(crate) fn map_sites<T: Send>(
         let group: Vec<&TensorSpec> = sites
             .iter()
             .copied()
-            .filter(|spec| layer_of(&spec.name).is_some_and(|layer| layers.contains(&layer)))
+            .filter(|spec| input_of(&spec.name).is_some_and(|(layer, _)| layers.contains(&layer)))
             .collect();
         watcher.begin("errors of the sites", group.len() as u64);
         results.extend(map_group(&group, &moments, watcher, &each)?);
     }
     Ok(results)
+}
+
+/// The most elements that the second moments of a block's inputs have.
+fn most_elements(sites: &[&TensorSpec], n_layers: usize) -> usize {
+    let width = |spec: &&TensorSpec| Some((input_of(&spec.name)?, spec.shape[1]));
+    let widths: BTreeMap<(usize, SiteInput), usize> = sites.iter().filter_map(width).collect();
+    let first = |layer| (layer, SiteInput::Attention);
+    let of_layer = |layer| widths.range(first(layer)..first(layer + 1)).map(|(_, n)| n * n).sum();
+    (0..n_layers).map(of_layer).max().unwrap_or(0)
 }
 
 fn map_group<T: Send>(
@@ -84,9 +92,10 @@ fn map_group<T: Send>(
         .collect()
 }
 
-/// The block of a tensor, from its name.
-fn layer_of(tensor: &str) -> Option<usize> {
-    tensor.strip_prefix("model.layers.")?.split_once('.')?.0.parse().ok()
+/// The block of a linear site and what it reads, from its weight's name.
+fn input_of(tensor: &str) -> Option<(usize, SiteInput)> {
+    let (layer, module) = tensor.strip_prefix("model.layers.")?.split_once('.')?;
+    Some((layer.parse().ok()?, SiteInput::of(module.strip_suffix(".weight")?)?))
 }
 
 /// Second moments of the inputs of some blocks.
@@ -123,13 +132,7 @@ impl Moments {
     }
 
     fn of(&self, tensor: &str) -> Option<&SecondMoment> {
-        let layer = layer_of(tensor)?;
-        let site = |input: &SiteInput| {
-            let mut sites = input.sites().iter();
-            sites.any(|site| tensor.ends_with(&format!(".{site}.weight")))
-        };
-        let input = SiteInput::ALL.into_iter().find(site)?;
-        self.by_input.get(&(layer, input))
+        self.by_input.get(&input_of(tensor)?)
     }
 }
 
@@ -143,6 +146,10 @@ impl Observer for Moments {
             values: vec![0.0; n * n],
             ..SecondMoment::default()
         });
+        // An expert that nobody was sent to has a moment of zero.
+        if n_rows == 0 {
+            return;
+        }
         let mut columns = vec![0.0; n * n_rows];
         for (row, values) in x.data().chunks_exact(n).enumerate() {
             for (column, value) in values.iter().enumerate() {

@@ -38,8 +38,8 @@ const BLOCK_WEIGHTS: usize = 1 << 20;
 pub(crate) struct IdealBits {
     /// For the linear sites.
     pub(crate) linear: f64,
-    /// For every tensor: embeddings and head at the same water level, norms and biases
-    /// as they are.
+    /// For every tensor: embeddings and head at the same water level, norms, biases and
+    /// routers as they are.
     pub(crate) total: f64,
 }
 

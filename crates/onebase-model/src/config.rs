@@ -17,11 +17,21 @@ pub enum Architecture {
     Qwen2,
     /// `Qwen3ForCausalLM`: norms on the heads of q and k.
     Qwen3,
+    /// `Qwen3MoeForCausalLM`: Qwen3 with experts in some or all blocks.
+    Qwen3Moe,
+    /// `MixtralForCausalLM`: Mistral with experts in every block.
+    Mixtral,
 }
 
 impl Architecture {
-    const ALL: [Architecture; 4] =
-        [Architecture::Llama, Architecture::Mistral, Architecture::Qwen2, Architecture::Qwen3];
+    const ALL: [Architecture; 6] = [
+        Architecture::Llama,
+        Architecture::Mistral,
+        Architecture::Qwen2,
+        Architecture::Qwen3,
+        Architecture::Qwen3Moe,
+        Architecture::Mixtral,
+    ];
 
     /// The class name in `config.json`.
     pub fn class_name(self) -> &'static str {
@@ -30,12 +40,17 @@ impl Architecture {
             Architecture::Mistral => "MistralForCausalLM",
             Architecture::Qwen2 => "Qwen2ForCausalLM",
             Architecture::Qwen3 => "Qwen3ForCausalLM",
+            Architecture::Qwen3Moe => "Qwen3MoeForCausalLM",
+            Architecture::Mixtral => "MixtralForCausalLM",
         }
     }
 }
 
 /// More blocks than any model has; a larger number is a damaged file.
 const MAX_LAYERS: usize = 1 << 16;
+
+/// More experts than all blocks of any model have.
+const MAX_EXPERTS: usize = 1 << 18;
 
 /// How rotary frequencies depend on the position.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -56,7 +71,7 @@ pub struct ModelConfig {
     pub architecture: Architecture,
     /// Width of the residual stream.
     pub hidden_size: usize,
-    /// Width of the feed-forward network.
+    /// Width of the feed-forward network in blocks without experts.
     pub intermediate_size: usize,
     /// Number of blocks.
     pub n_layers: usize,
@@ -72,6 +87,8 @@ pub struct ModelConfig {
     pub context_tokens: usize,
     /// Whether the embedding is also the head.
     pub tied: bool,
+    /// The experts, where some blocks have any.
+    pub mixture: Option<Mixture>,
     pub(crate) norm_eps: f32,
     pub(crate) rope_theta: f64,
     pub(crate) rope_scaling: RopeScaling,
@@ -81,6 +98,21 @@ pub struct ModelConfig {
     pub(crate) qk_norm: bool,
     /// For each layer, how many positions it sees, itself included.
     pub(crate) windows: Vec<Option<usize>>,
+}
+
+/// Experts: feed-forward networks of which each token gets a few.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mixture {
+    /// Experts of a block.
+    pub n_experts: usize,
+    /// How many of them a token gets, at most all.
+    pub n_experts_per_token: usize,
+    /// Width of an expert's feed-forward network.
+    pub expert_size: usize,
+    /// Whether the weights of a token's experts are scaled to a sum of one.
+    pub(crate) normalised: bool,
+    /// For each layer, whether it has experts, and not one network for all tokens.
+    pub(crate) sparse: Vec<bool>,
 }
 
 /// Reads fields of a `config.json` and says where a bad one is.
@@ -143,8 +175,8 @@ impl ModelConfig {
             .into_iter()
             .find(|a| class.and_then(Value::as_str) == Some(a.class_name()))
         else {
-            let expected = "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM or \
-                            Qwen3ForCausalLM";
+            let expected = "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, \
+                            Qwen3ForCausalLM, Qwen3MoeForCausalLM or MixtralForCausalLM";
             return Err(fields.bad("architectures", expected, class));
         };
         if let quantized @ Some(_) = fields.get("quantization_config") {
@@ -175,10 +207,17 @@ impl ModelConfig {
             return Err(fields.bad("head_dim", "an even number", fields.get("head_dim")));
         }
         let attention_bias = match architecture {
-            Architecture::Llama | Architecture::Qwen3 => fields.flag("attention_bias", false)?,
-            Architecture::Mistral | Architecture::Qwen2 => false,
+            Architecture::Llama | Architecture::Qwen3 | Architecture::Qwen3Moe => {
+                fields.flag("attention_bias", false)?
+            }
+            Architecture::Mistral | Architecture::Qwen2 | Architecture::Mixtral => false,
         };
-        let (rope_theta, rope_scaling) = read_rope(&fields)?;
+        // What the classes reckon with where the file does not say it.
+        let (norm_eps, rope_theta) = match architecture {
+            Architecture::Mixtral => (1e-5, 1e6),
+            _ => (1e-6, 1e4),
+        };
+        let (rope_theta, rope_scaling) = read_rope(&fields, rope_theta)?;
         #[allow(clippy::cast_possible_truncation)]
         Ok(Self {
             architecture,
@@ -191,13 +230,14 @@ impl ModelConfig {
             vocab_size: fields.size("vocab_size", None)?,
             context_tokens: fields.size("max_position_embeddings", None)?,
             tied: fields.flag("tie_word_embeddings", false)?,
-            norm_eps: fields.positive("rms_norm_eps", Some(1e-6))? as f32,
+            mixture: read_mixture(&fields, architecture, n_layers)?,
+            norm_eps: fields.positive("rms_norm_eps", Some(norm_eps))? as f32,
             rope_theta,
             rope_scaling,
             qkv_bias: attention_bias || architecture == Architecture::Qwen2,
             o_bias: attention_bias,
             mlp_bias: architecture == Architecture::Llama && fields.flag("mlp_bias", false)?,
-            qk_norm: architecture == Architecture::Qwen3,
+            qk_norm: matches!(architecture, Architecture::Qwen3 | Architecture::Qwen3Moe),
             windows: read_windows(&fields, architecture, n_layers)?,
         })
     }
@@ -220,9 +260,15 @@ impl ModelConfig {
         Self::from_json(&value, path)
     }
 
+    /// The experts of a layer; `None` where it has one feed-forward network.
+    pub(crate) fn mixture_of(&self, layer: usize) -> Option<&Mixture> {
+        self.mixture.as_ref().filter(|mixture| mixture.sparse[layer])
+    }
+
     /// Checks that a fine-tune's tensors have the base's shapes. The vocabulary
     /// may be larger; constants of the computation (rotary frequencies, epsilon,
-    /// windows, context) may differ, as each row is computed with its tenant's.
+    /// windows, context, how many experts a token gets) may differ, as each row is
+    /// computed with its tenant's.
     ///
     /// # Errors
     /// When something differs that may not.
@@ -249,6 +295,19 @@ impl ModelConfig {
                 return bad(field, base.to_string(), other.to_string());
             }
         }
+        if let (Some(base), Some(other)) = (&self.mixture, &fine_tune.mixture) {
+            if base.n_experts != other.n_experts {
+                return bad("num_experts", base.n_experts.to_string(), other.n_experts.to_string());
+            }
+            if base.expert_size != other.expert_size {
+                let (base, other) = (base.expert_size, other.expert_size);
+                return bad("moe_intermediate_size", base.to_string(), other.to_string());
+            }
+            if base.sparse != other.sparse {
+                let (base, other) = (base.sparse_layers(), other.sparse_layers());
+                return bad("the set of layers with experts", base, other);
+            }
+        }
         let flags = |c: &ModelConfig| {
             [
                 ("tie_word_embeddings", c.tied),
@@ -269,9 +328,65 @@ impl ModelConfig {
     }
 }
 
+impl Mixture {
+    /// The layers with experts, for people.
+    fn sparse_layers(&self) -> String {
+        let layers = self.sparse.iter().enumerate().filter(|(_, sparse)| **sparse);
+        format!("{:?}", layers.map(|(layer, _)| layer).collect::<Vec<_>>())
+    }
+}
+
+/// The experts of an architecture that has some.
+fn read_mixture(
+    fields: &Fields<'_>,
+    architecture: Architecture,
+    n_layers: usize,
+) -> Result<Option<Mixture>> {
+    // Model hubs have the first name for Qwen3, transformers 5 writes the second.
+    let count = match (architecture, fields.get("num_experts")) {
+        (Architecture::Qwen3Moe, Some(_)) => "num_experts",
+        (Architecture::Qwen3Moe | Architecture::Mixtral, _) => "num_local_experts",
+        _ => return Ok(None),
+    };
+    let n_experts = fields.size(count, None)?;
+    if n_experts > MAX_EXPERTS / n_layers {
+        return Err(fields.bad(count, "at most 262144 in all layers", fields.get(count)));
+    }
+    let n_experts_per_token = fields.size("num_experts_per_tok", None)?;
+    if n_experts_per_token > n_experts {
+        let got = format!("{n_experts_per_token} of {n_experts}");
+        let (path, field) = (fields.path.to_owned(), "num_experts_per_tok");
+        return Err(Error::Config { path, field, expected: "at most the number of experts", got });
+    }
+    if architecture == Architecture::Mixtral {
+        let expert_size = fields.size("intermediate_size", None)?;
+        let sparse = vec![true; n_layers];
+        return Ok(Some(Mixture {
+            n_experts,
+            n_experts_per_token,
+            expert_size,
+            normalised: true,
+            sparse,
+        }));
+    }
+    let step = fields.size("decoder_sparse_step", Some(1))?;
+    let dense = fields.parse("mlp_only_layers", "a list of layers", Some(Vec::new()), |v| {
+        v.as_array()?.iter().map(Value::as_u64).collect()
+    })?;
+    let sparse =
+        |layer: usize| (layer + 1).is_multiple_of(step) && !dense.contains(&(layer as u64));
+    Ok(Some(Mixture {
+        n_experts,
+        n_experts_per_token,
+        expert_size: fields.size("moe_intermediate_size", None)?,
+        normalised: fields.flag("norm_topk_prob", false)?,
+        sparse: (0..n_layers).map(sparse).collect(),
+    }))
+}
+
 /// Base and scaling of the rotary frequencies: in `rope_parameters`, or, as
 /// transformers 4 wrote them, in `rope_theta` and `rope_scaling`.
-fn read_rope(fields: &Fields<'_>) -> Result<(f64, RopeScaling)> {
+fn read_rope(fields: &Fields<'_>, default_theta: f64) -> Result<(f64, RopeScaling)> {
     let nested = fields.get("rope_parameters");
     let value = nested.or_else(|| fields.get("rope_scaling")).unwrap_or(&Value::Null);
     let nested = value.as_object().is_some_and(|o| o.values().any(Value::is_object));
@@ -281,7 +396,7 @@ fn read_rope(fields: &Fields<'_>) -> Result<(f64, RopeScaling)> {
     let rope = Fields { path: fields.path, value };
     let theta = match rope.get("rope_theta") {
         Some(_) => rope.positive("rope_theta", None)?,
-        None => fields.positive("rope_theta", Some(10_000.0))?,
+        None => fields.positive("rope_theta", Some(default_theta))?,
     };
     let kind = rope.get("rope_type").or_else(|| rope.get("type"));
     let scaling = match kind.map(|k| k.as_str()) {
@@ -315,7 +430,8 @@ fn read_windows(
     let (default, used) = match architecture {
         Architecture::Llama => return none,
         Architecture::Mistral => (4096, true),
-        Architecture::Qwen2 | Architecture::Qwen3 => {
+        Architecture::Mixtral => (4096, fields.get("sliding_window").is_some()),
+        Architecture::Qwen2 | Architecture::Qwen3 | Architecture::Qwen3Moe => {
             (4096, fields.flag("use_sliding_window", false)?)
         }
     };
@@ -336,7 +452,7 @@ fn read_windows(
         return types.iter().map(read).collect();
     }
     let first = match architecture {
-        Architecture::Mistral => 0,
+        Architecture::Mistral | Architecture::Mixtral | Architecture::Qwen3Moe => 0,
         _ => fields.parse("max_window_layers", "a number", Some(28), Value::as_u64)?,
     };
     Ok((0..n_layers).map(|layer| (layer as u64 >= first).then_some(window)).collect())

@@ -3,7 +3,7 @@
 
 use onebase_format::artifact::Role;
 
-use crate::{ModelConfig, Result};
+use crate::{Architecture, ModelConfig, Result};
 
 /// A decoder whose linear sites are `L`, vectors `V` and token tables `T`.
 #[derive(Debug)]
@@ -26,10 +26,40 @@ pub(crate) struct Layer<L, V> {
     /// Norms on the heads of q and k.
     pub(crate) qk_norm: Option<[V; 2]>,
     pub(crate) post_norm: V,
+    /// What chooses the experts of a token, `[n_experts, hidden_size]`; absent
+    /// where all tokens have one network.
+    pub(crate) router: Option<V>,
+    /// The feed-forward networks: the experts, or the one.
+    pub(crate) mlps: Vec<Mlp<L>>,
+}
+
+/// A feed-forward network.
+#[derive(Debug)]
+pub(crate) struct Mlp<L> {
     pub(crate) gate: L,
     pub(crate) up: L,
     pub(crate) down: L,
 }
+
+/// What the modules of a block's experts are called.
+struct ExpertNames {
+    /// The module with the router `gate` and the list `experts`.
+    block: &'static str,
+    /// The gate's, up and down projection of an expert.
+    sites: [&'static str; 3],
+}
+
+impl ExpertNames {
+    fn of(architecture: Architecture) -> Self {
+        match architecture {
+            Architecture::Mixtral => Self { block: "block_sparse_moe", sites: ["w1", "w3", "w2"] },
+            _ => Self { block: "mlp", sites: MLP_SITES },
+        }
+    }
+}
+
+/// The projections of a feed-forward network: gate, up and down.
+const MLP_SITES: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
 
 /// Makes the members of a [`Decoder`].
 pub(crate) trait Loader {
@@ -41,6 +71,9 @@ pub(crate) trait Loader {
     /// `bias`, its bias `[out_features]`.
     fn linear(&mut self, module: &str, shape: [usize; 2], bias: bool) -> Result<Self::Linear>;
     fn vector(&mut self, name: &str, len: usize) -> Result<Self::Vector>;
+    /// A router, `[n_experts, hidden_size]`, which is kept as vectors are: a token
+    /// that is sent to another expert is not a little off, it is elsewhere.
+    fn router(&mut self, name: &str, shape: [usize; 2]) -> Result<Self::Vector>;
     /// A table `[vocab_size, hidden_size]`.
     fn table(&mut self, name: &str, role: Role, shape: [usize; 2]) -> Result<Self::Table>;
 }
@@ -59,7 +92,7 @@ impl<L, V, T> Decoder<L, V, T> {
         let table = [config.vocab_size, hidden];
         let embedding = loader.table("model.embed_tokens.weight", Role::Embedding, table)?;
         let layers = (0..config.n_layers)
-            .map(|index| Layer::load(config, &format!("model.layers.{index}"), loader))
+            .map(|index| Layer::load(config, index, loader))
             .collect::<Result<_>>()?;
         let norm = loader.vector("model.norm.weight", hidden)?;
         let head = if config.tied {
@@ -74,16 +107,17 @@ impl<L, V, T> Decoder<L, V, T> {
 impl<L, V> Layer<L, V> {
     fn load<T>(
         config: &ModelConfig,
-        module: &str,
+        index: usize,
         loader: &mut impl Loader<Linear = L, Vector = V, Table = T>,
     ) -> Result<Self> {
+        let module = format!("model.layers.{index}");
         let hidden = config.hidden_size;
         let q_size = config.n_heads * config.head_dim;
         let kv_size = config.n_kv_heads * config.head_dim;
-        let ffn = config.intermediate_size;
-        let (qkv_bias, o_bias, mlp_bias) = (config.qkv_bias, config.o_bias, config.mlp_bias);
+        let (qkv_bias, o_bias) = (config.qkv_bias, config.o_bias);
         let attention = format!("{module}.self_attn");
-        let mlp = format!("{module}.mlp");
+        let mixture = config.mixture_of(index);
+        let ExpertNames { block, sites } = ExpertNames::of(config.architecture);
         Ok(Self {
             input_norm: loader.vector(&format!("{module}.input_layernorm.weight"), hidden)?,
             q: loader.linear(&format!("{attention}.q_proj"), [q_size, hidden], qkv_bias)?,
@@ -100,9 +134,42 @@ impl<L, V> Layer<L, V> {
             },
             post_norm: loader
                 .vector(&format!("{module}.post_attention_layernorm.weight"), hidden)?,
-            gate: loader.linear(&format!("{mlp}.gate_proj"), [ffn, hidden], mlp_bias)?,
-            up: loader.linear(&format!("{mlp}.up_proj"), [ffn, hidden], mlp_bias)?,
-            down: loader.linear(&format!("{mlp}.down_proj"), [hidden, ffn], mlp_bias)?,
+            router: mixture
+                .map(|m| {
+                    let name = format!("{module}.{block}.gate.weight");
+                    loader.router(&name, [m.n_experts, hidden])
+                })
+                .transpose()?,
+            mlps: match mixture {
+                None => {
+                    let shape = [config.intermediate_size, hidden];
+                    let mlp = format!("{module}.mlp");
+                    vec![Mlp::load(&mlp, MLP_SITES, shape, config.mlp_bias, loader)?]
+                }
+                Some(m) => (0..m.n_experts)
+                    .map(|expert| {
+                        let mlp = format!("{module}.{block}.experts.{expert}");
+                        Mlp::load(&mlp, sites, [m.expert_size, hidden], false, loader)
+                    })
+                    .collect::<Result<_>>()?,
+            },
+        })
+    }
+}
+
+impl<L> Mlp<L> {
+    /// A network of shape `[width, hidden_size]`.
+    fn load<V, T>(
+        module: &str,
+        [gate, up, down]: [&str; 3],
+        [width, hidden]: [usize; 2],
+        bias: bool,
+        loader: &mut impl Loader<Linear = L, Vector = V, Table = T>,
+    ) -> Result<Self> {
+        Ok(Self {
+            gate: loader.linear(&format!("{module}.{gate}"), [width, hidden], bias)?,
+            up: loader.linear(&format!("{module}.{up}"), [width, hidden], bias)?,
+            down: loader.linear(&format!("{module}.{down}"), [hidden, width], bias)?,
         })
     }
 }
@@ -149,6 +216,10 @@ impl Loader for List {
 
     fn vector(&mut self, name: &str, len: usize) -> Result<()> {
         self.push(name.to_owned(), Role::Vector, vec![len])
+    }
+
+    fn router(&mut self, name: &str, shape: [usize; 2]) -> Result<()> {
+        self.push(name.to_owned(), Role::Vector, shape.to_vec())
     }
 
     fn table(&mut self, name: &str, role: Role, shape: [usize; 2]) -> Result<()> {

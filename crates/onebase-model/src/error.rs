@@ -148,10 +148,20 @@ impl Error {
             Error::Format(e) => return e.hint(),
             Error::Delta { source, .. } => return source.hint(),
             Error::Config { field: "architectures", .. } => {
-                "supported are Llama, Mistral, Qwen2 and Qwen3 decoders".into()
+                "supported are Llama, Mistral, Mixtral, Qwen2 and Qwen3 decoders, Qwen3's with experts \
+                 too"
+                    .into()
             }
             Error::Config { field: "quantization_config", .. } => {
                 "use the 16- or 32-bit checkpoint".into()
+            }
+            Error::Config { .. } => {
+                "config.json is damaged or was edited; fetch it again, or compare it with the \
+                 model's on its hub"
+                    .into()
+            }
+            Error::Shape { .. } | Error::UnexpectedTensor { .. } => {
+                "weights and config.json are of two models; fetch both from the same place".into()
             }
             Error::UntiedHead { .. } => {
                 "set tie_word_embeddings to false, in the base too, or remove the head".into()

@@ -2,12 +2,14 @@ use onebase_kernels::{Attention, add_assign, rms_norm, silu_mul};
 use onebase_tensor::{MatrixMut, MatrixRef};
 use rayon::prelude::*;
 
-use crate::decoder::Layer;
+use crate::decoder::{Layer, Mlp};
 use crate::linear::{RowGroup, SiteDelta};
 use crate::observer::{Nobody, Observer, SiteInput};
 use crate::rope::rotate;
 use crate::tenant::TableDelta;
 use crate::{Error, KvCache, Model, ModelConfig, Result, Tenant};
+
+mod moe;
 
 /// Elements of a batch below which row operations stay on one thread.
 const WORTH_A_THREAD: usize = 1 << 14;
@@ -151,6 +153,16 @@ struct Pass<'m, 'a> {
     up: Vec<f32>,
     /// Cosines and sines, `head_dim / 2` wide each.
     rotation: [Vec<f32>; 2],
+}
+
+/// `gate = silu(gate) · up`, on several threads where it is worth it.
+fn gated(gate: &mut [f32], up: &[f32]) {
+    if gate.len() < WORTH_A_THREAD {
+        silu_mul(gate, up);
+    } else {
+        let chunks = gate.par_chunks_mut(WORTH_A_THREAD / 4);
+        chunks.zip(up.par_chunks(WORTH_A_THREAD / 4)).for_each(|(gate, up)| silu_mul(gate, up));
+    }
 }
 
 fn matrix(data: &[f32], n_rows: usize) -> MatrixRef<'_> {
@@ -358,21 +370,18 @@ impl<'m, 'a> Pass<'m, 'a> {
         let n = self.batch.rows.len();
         let backend = self.model.backend;
         self.norm(&layer.post_norm, |t| &t.decoder.layers[index].post_norm);
-        let site =
-            |t: &'a Tenant| -> &'a Layer<SiteDelta, Option<Vec<f32>>> { &t.decoder.layers[index] };
+        if let Some(router) = &layer.router {
+            self.experts(index, router, &layer.mlps, observer);
+            return;
+        }
+        let layer = &layer.mlps[0];
+        let site = |t: &'a Tenant| -> &'a Mlp<SiteDelta> { &t.decoder.layers[index].mlps[0] };
         let groups = &self.batch.groups;
         let x = matrix(&self.x, n);
         observer.observe(index, SiteInput::FeedForward, x);
         layer.gate.apply(backend, groups, |t| &site(t).gate, x, matrix_mut(&mut self.gate, n));
         layer.up.apply(backend, groups, |t| &site(t).up, x, matrix_mut(&mut self.up, n));
-        if self.gate.len() < WORTH_A_THREAD {
-            silu_mul(&mut self.gate, &self.up);
-        } else {
-            let chunks = self.gate.par_chunks_mut(WORTH_A_THREAD / 4);
-            chunks
-                .zip(self.up.par_chunks(WORTH_A_THREAD / 4))
-                .for_each(|(gate, up)| silu_mul(gate, up));
-        }
+        gated(&mut self.gate, &self.up);
         let x = matrix(&self.gate, n);
         observer.observe(index, SiteInput::FeedForwardOutput, x);
         layer.down.apply(backend, groups, |t| &site(t).down, x, matrix_mut(&mut self.out, n));

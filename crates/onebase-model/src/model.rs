@@ -130,6 +130,10 @@ impl Loader for BaseLoader<'_> {
         Ok(wide)
     }
 
+    fn router(&mut self, name: &str, [n_experts, hidden]: [usize; 2]) -> Result<Vec<f32>> {
+        self.vector(name, n_experts * hidden)
+    }
+
     fn table(&mut self, name: &str, _: Role, _: [usize; 2]) -> Result<Weight> {
         Ok(Weight::load(&self.0.tensor(name)?))
     }

@@ -11,32 +11,40 @@ pub enum SiteInput {
     FeedForward,
     /// The gated activation.
     FeedForwardOutput,
+    /// Rows of the normalised stream that the expert of this number was chosen for.
+    Expert(usize),
+    /// Their gated activation in the expert.
+    ExpertOutput(usize),
 }
 
 impl SiteInput {
-    /// Every input of a block, in the order of the forward pass.
-    pub const ALL: [SiteInput; 4] = [
-        SiteInput::Attention,
-        SiteInput::AttentionOutput,
-        SiteInput::FeedForward,
-        SiteInput::FeedForwardOutput,
-    ];
-
-    /// The sites that read it, named within their block.
-    pub fn sites(self) -> &'static [&'static str] {
-        match self {
-            SiteInput::Attention => &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-            SiteInput::AttentionOutput => &["self_attn.o_proj"],
-            SiteInput::FeedForward => &["mlp.gate_proj", "mlp.up_proj"],
-            SiteInput::FeedForwardOutput => &["mlp.down_proj"],
-        }
+    /// What a site reads, named within its block: `mlp.up_proj`; `None` where it is
+    /// no site.
+    pub fn of(site: &str) -> Option<Self> {
+        Some(match site {
+            "self_attn.q_proj" | "self_attn.k_proj" | "self_attn.v_proj" => SiteInput::Attention,
+            "self_attn.o_proj" => SiteInput::AttentionOutput,
+            "mlp.gate_proj" | "mlp.up_proj" => SiteInput::FeedForward,
+            "mlp.down_proj" => SiteInput::FeedForwardOutput,
+            _ => {
+                let (_, expert) = site.split_once(".experts.")?;
+                let (number, matrix) = expert.split_once('.')?;
+                let number = number.parse().ok()?;
+                match matrix {
+                    "gate_proj" | "up_proj" | "w1" | "w3" => SiteInput::Expert(number),
+                    "down_proj" | "w2" => SiteInput::ExpertOutput(number),
+                    _ => return None,
+                }
+            }
+        })
     }
 }
 
 /// Who is shown the inputs of linear sites while a batch runs.
 pub trait Observer {
     /// The input `x`, `[n_rows, in_features]`, of sites of the block `layer`; the
-    /// rows are those of the batch, in no particular order.
+    /// rows are those of the batch, in no particular order. An expert's are those
+    /// that it was chosen for, and none where there are no such.
     fn observe(&mut self, layer: usize, input: SiteInput, x: MatrixRef<'_>);
 }
 
@@ -49,7 +57,7 @@ impl Observer for Nobody {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
+    use std::collections::BTreeMap;
 
     use onebase_format::artifact::Role;
     use serde_json::json;
@@ -57,21 +65,39 @@ mod tests {
     use super::*;
     use crate::{ModelConfig, tensor_specs};
 
+    fn config(architecture: &str) -> ModelConfig {
+        let config = json!({
+            "architectures": [architecture], "hidden_size": 8, "intermediate_size": 16,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+            "vocab_size": 32, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "head_dim": 6,
+            "max_position_embeddings": 64, "num_local_experts": 3, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 10, "mlp_only_layers": [0],
+        });
+        ModelConfig::from_json(&config, std::path::Path::new("here")).unwrap()
+    }
+
     #[test]
     fn every_linear_site_of_a_block_reads_one_input() {
-        let config = json!({
-            "architectures": ["LlamaForCausalLM"], "hidden_size": 8, "intermediate_size": 16,
-            "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
-            "vocab_size": 32, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
-            "max_position_embeddings": 64,
-        });
-        let config = ModelConfig::from_json(&config, std::path::Path::new("here")).unwrap();
-        let linear = tensor_specs(&config).into_iter().filter(|s| s.role == Role::Linear);
-        let expected: BTreeSet<String> = linear.map(|s| s.name).collect();
-        let sites = SiteInput::ALL.into_iter().flat_map(SiteInput::sites);
-        let named: Vec<String> =
-            sites.map(|site| format!("model.layers.0.{site}.weight")).collect();
-        assert_eq!(named.len(), expected.len());
-        assert_eq!(named.into_iter().collect::<BTreeSet<_>>(), expected);
+        for (architecture, n_inputs) in [
+            ("LlamaForCausalLM", 2 * 4),
+            ("Qwen3MoeForCausalLM", 4 + 2 + 3 * 2),
+            ("MixtralForCausalLM", 2 * (2 + 3 * 2)),
+        ] {
+            let mut widths = BTreeMap::new();
+            for spec in tensor_specs(&config(architecture)) {
+                let Some(name) = spec.name.strip_prefix("model.layers.") else { continue };
+                let (layer, module) = name.split_once('.').unwrap();
+                let input = SiteInput::of(module.strip_suffix(".weight").unwrap());
+                assert_eq!(input.is_some(), spec.role == Role::Linear, "{name}");
+                let Some(input) = input else { continue };
+                let width = *spec.shape.last().unwrap();
+                let known = *widths.entry((layer.to_owned(), input)).or_insert(width);
+                assert_eq!(known, width, "{name}");
+            }
+            assert_eq!(widths.len(), n_inputs, "{architecture}: {widths:?}");
+        }
+        for other in ["mlp.gate", "mlp.experts.x.up_proj", "mlp.experts.1.w4", "input_layernorm"] {
+            assert_eq!(SiteInput::of(other), None, "{other}");
+        }
     }
 }

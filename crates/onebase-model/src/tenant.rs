@@ -87,6 +87,15 @@ impl TenantLoader<'_> {
         })
     }
 
+    /// A tensor of the fine-tune's own, `None` when it is the base's.
+    fn exact(&mut self, name: &str, shape: &[usize]) -> Result<Option<Vec<f32>>> {
+        let record = self.artifact.record_for(name, Role::Vector)?;
+        self.check_shape(name, shape, &record.shape)?;
+        let wide = self.artifact.exact(name)?.map(|tensor| tensor.widen());
+        self.resident_bytes += wide.as_ref().map_or(0, |v| size_of_val(v.as_slice()));
+        Ok(wide)
+    }
+
     /// The prepared delta of a tensor, `None` when it is the base's.
     fn delta(&self, tensor: &str, shape: [usize; 2]) -> Result<Option<Box<dyn DeltaLinear>>> {
         let Some((record, delta)) = self.artifact.delta(tensor)? else { return Ok(None) };
@@ -131,14 +140,16 @@ impl Loader for TenantLoader<'_> {
     }
 
     fn vector(&mut self, name: &str, len: usize) -> Result<Option<Vec<f32>>> {
-        let record = self.artifact.record_for(name, Role::Vector)?;
-        self.check_shape(name, &[len], &record.shape)?;
-        let wide = match self.artifact.exact(name)? {
-            Some(tensor) => Some(tensor.widen()),
-            None => self.vector_sum(name, len)?,
-        };
-        self.resident_bytes += wide.as_ref().map_or(0, |v| size_of_val(v.as_slice()));
-        Ok(wide)
+        if let Some(own) = self.exact(name, &[len])? {
+            return Ok(Some(own));
+        }
+        let sum = self.vector_sum(name, len)?;
+        self.resident_bytes += sum.as_ref().map_or(0, |v| size_of_val(v.as_slice()));
+        Ok(sum)
+    }
+
+    fn router(&mut self, name: &str, shape: [usize; 2]) -> Result<Option<Vec<f32>>> {
+        self.exact(name, &shape)
     }
 
     fn table(&mut self, name: &str, role: Role, shape: [usize; 2]) -> Result<TableDelta> {

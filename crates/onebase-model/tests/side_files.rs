@@ -184,9 +184,18 @@ fn mutated_configurations_never_panic() {
         json!(["MistralForCausalLM"]),
         json!(["Qwen2ForCausalLM"]),
         json!(["Qwen3ForCausalLM"]),
+        json!(["Qwen3MoeForCausalLM"]),
+        json!(["MixtralForCausalLM"]),
     ];
     let (mut n_loaded, mut n_refused) = (0, 0);
-    for family in ["llama_tied_gqa", "llama3_rope", "qwen2_window", "qwen3_tied_bf16"] {
+    for family in [
+        "llama_tied_gqa",
+        "llama3_rope",
+        "qwen2_window",
+        "qwen3_tied_bf16",
+        "qwen3_moe_bf16",
+        "mixtral",
+    ] {
         let dir = tempfile::tempdir().unwrap();
         with_config(&fixture(family), dir.path(), |_| {});
         let path = dir.path().join("config.json");

@@ -17,15 +17,18 @@ use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 
 /// The checkpoints of random weights.
-pub(crate) const FAMILIES: [&str; 9] = [
+pub(crate) const FAMILIES: [&str; 12] = [
     "llama3_rope",
     "llama_bias",
     "llama_f16",
     "llama_tied_gqa",
     "mistral_window",
+    "mixtral",
     "qwen2_tied",
     "qwen2_window",
     "qwen3",
+    "qwen3_moe",
+    "qwen3_moe_bf16",
     "qwen3_tied_bf16",
 ];
 
