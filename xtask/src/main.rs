@@ -21,7 +21,7 @@ enum Task {
     /// Check what ARCHITECTURE.md asks and a program can see
     Tidy,
     /// Write a synthetic base and fine-tune of a real model's shape
-    Synth(synth::Args),
+    Synth(Box<synth::Args>),
 }
 
 fn main() -> ExitCode {

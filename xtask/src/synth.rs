@@ -76,7 +76,9 @@ impl Options {
             "--delta: expected a number from 0 to 1, got {}",
             self.mean_abs_delta
         );
-        let smallest_side = self.shape.hidden.min(self.shape.n_kv_heads * self.shape.head_dim);
+        let shape = &self.shape;
+        let experts = shape.experts.map_or(usize::MAX, |e| e.n_experts.min(e.intermediate));
+        let smallest_side = shape.hidden.min(shape.n_kv_heads * shape.head_dim).min(experts);
         ensure!(
             self.rank <= smallest_side,
             "--rank: expected at most {smallest_side}, the smallest side of a matrix, got {}",

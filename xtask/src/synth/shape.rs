@@ -13,7 +13,7 @@ pub(super) enum Family {
     Llama,
     /// `Qwen2ForCausalLM`: biases on q, k and v.
     Qwen2,
-    /// `Qwen3ForCausalLM`: norms on q and k.
+    /// `Qwen3ForCausalLM`, with experts `Qwen3MoeForCausalLM`: norms on q and k.
     Qwen3,
 }
 
@@ -37,10 +37,20 @@ pub(super) struct Shape {
     /// The factor of `llama3` scaling.
     pub(super) rope_factor: Option<f64>,
     pub(super) max_positions: usize,
+    /// In every block, in place of one feed-forward network.
+    pub(super) experts: Option<Experts>,
+}
+
+/// The experts of a block.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Experts {
+    pub(super) n_experts: usize,
+    pub(super) per_token: usize,
+    pub(super) intermediate: usize,
 }
 
 /// The shapes that can be asked for.
-pub(super) const SHAPES: [Shape; 4] = [
+pub(super) const SHAPES: [Shape; 5] = [
     Shape {
         name: "llama-3.2-1b",
         family: Family::Llama,
@@ -56,6 +66,7 @@ pub(super) const SHAPES: [Shape; 4] = [
         rope_theta: 500_000.0,
         rope_factor: Some(32.0),
         max_positions: 131_072,
+        experts: None,
     },
     Shape {
         name: "qwen2.5-0.5b",
@@ -72,6 +83,7 @@ pub(super) const SHAPES: [Shape; 4] = [
         rope_theta: 1_000_000.0,
         rope_factor: None,
         max_positions: 32_768,
+        experts: None,
     },
     Shape {
         name: "llama-3.1-8b",
@@ -88,6 +100,7 @@ pub(super) const SHAPES: [Shape; 4] = [
         rope_theta: 500_000.0,
         rope_factor: Some(8.0),
         max_positions: 131_072,
+        experts: None,
     },
     Shape {
         name: "qwen3-4b",
@@ -104,6 +117,24 @@ pub(super) const SHAPES: [Shape; 4] = [
         rope_theta: 1_000_000.0,
         rope_factor: None,
         max_positions: 40_960,
+        experts: None,
+    },
+    Shape {
+        name: "qwen3-30b-a3b",
+        family: Family::Qwen3,
+        hidden: 2048,
+        intermediate: 6144,
+        n_layers: 48,
+        n_heads: 32,
+        n_kv_heads: 4,
+        head_dim: 128,
+        names_head_dim: true,
+        vocab: 151_936,
+        tied: false,
+        rope_theta: 1_000_000.0,
+        rope_factor: None,
+        max_positions: 40_960,
+        experts: Some(Experts { n_experts: 128, per_token: 8, intermediate: 768 }),
     },
 ];
 
@@ -161,6 +192,7 @@ impl Shape {
         let (architecture, model_type) = match self.family {
             Family::Llama => ("LlamaForCausalLM", "llama"),
             Family::Qwen2 => ("Qwen2ForCausalLM", "qwen2"),
+            Family::Qwen3 if self.experts.is_some() => ("Qwen3MoeForCausalLM", "qwen3_moe"),
             Family::Qwen3 => ("Qwen3ForCausalLM", "qwen3"),
         };
         let mut config = Map::new();
@@ -225,13 +257,25 @@ impl Shape {
                 "use_sliding_window": false,
             }),
         });
+        if let Some(experts) = self.experts {
+            set(json!({
+                "decoder_sparse_step": 1,
+                "mlp_only_layers": [],
+                "moe_intermediate_size": experts.intermediate,
+                "norm_topk_prob": true,
+                "num_experts": experts.n_experts,
+                "num_experts_per_tok": experts.per_token,
+                "output_router_logits": false,
+                "router_aux_loss_coef": 0.001,
+            }));
+        }
         config.sort_keys();
         Value::Object(config)
     }
 
     /// Its tensors in the order in which a model is saved.
     pub(super) fn tensors(&self) -> Vec<TensorSpec> {
-        let (hidden, intermediate) = (self.hidden, self.intermediate);
+        let hidden = self.hidden;
         let (q, kv) = (self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim);
         let mut tensors = vec![TensorSpec::new(
             "model.embed_tokens.weight",
@@ -253,9 +297,20 @@ impl Shape {
                 add("self_attn.q_norm.weight", &[self.head_dim], Role::Norm);
                 add("self_attn.k_norm.weight", &[self.head_dim], Role::Norm);
             }
-            add("mlp.gate_proj.weight", &[intermediate, hidden], Role::Linear);
-            add("mlp.up_proj.weight", &[intermediate, hidden], Role::Linear);
-            add("mlp.down_proj.weight", &[hidden, intermediate], Role::Linear);
+            let mut add_mlp = |module: &str, width: usize| {
+                add(&format!("{module}.gate_proj.weight"), &[width, hidden], Role::Linear);
+                add(&format!("{module}.up_proj.weight"), &[width, hidden], Role::Linear);
+                add(&format!("{module}.down_proj.weight"), &[hidden, width], Role::Linear);
+            };
+            match self.experts {
+                None => add_mlp("mlp", self.intermediate),
+                Some(Experts { n_experts, intermediate, .. }) => {
+                    for expert in 0..n_experts {
+                        add_mlp(&format!("mlp.experts.{expert}"), intermediate);
+                    }
+                    add("mlp.gate.weight", &[n_experts, hidden], Role::Linear);
+                }
+            }
             add("input_layernorm.weight", &[hidden], Role::Norm);
             add("post_attention_layernorm.weight", &[hidden], Role::Norm);
         }
@@ -275,7 +330,8 @@ mod tests {
     fn the_shapes_have_as_many_weights_as_the_real_models() {
         let n_weights =
             SHAPES.map(|s| s.tensors().iter().map(TensorSpec::size_bytes).sum::<u64>() / 2);
-        assert_eq!(n_weights, [1_235_814_400, 494_032_768, 8_030_261_248, 4_022_468_096]);
+        let expected = [1_235_814_400, 494_032_768, 8_030_261_248, 4_022_468_096, 30_532_122_624];
+        assert_eq!(n_weights, expected);
     }
 
     #[test]
@@ -301,6 +357,16 @@ mod tests {
                 shape_of("model.layers.0.self_attn.o_proj.weight"),
                 &[number("hidden_size"), number("num_attention_heads") * head_dim]
             );
+            if let Some(last) = config["num_experts"].as_u64().map(|n| n - 1) {
+                assert_eq!(
+                    shape_of(&format!("model.layers.0.mlp.experts.{last}.down_proj.weight")),
+                    &[number("hidden_size"), number("moe_intermediate_size")]
+                );
+                assert_eq!(
+                    shape_of("model.layers.0.mlp.gate.weight"),
+                    &[number("num_experts"), number("hidden_size")]
+                );
+            }
             let has_head = tensors.iter().any(|t| t.name == "lm_head.weight");
             assert_eq!(config["tie_word_embeddings"], !has_head);
         }

@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 
 use onebase_format::Checkpoint;
 
-use super::shape::{Family, Role};
+use super::shape::{Experts, Family, Role};
 use super::*;
 
 /// Large enough for a mean to be near its expectation, small enough to be quick.
@@ -22,7 +22,14 @@ fn tiny(family: Family, tied: bool) -> Shape {
         rope_theta: 10_000.0,
         rope_factor: (family == Family::Llama).then_some(8.0),
         max_positions: 256,
+        experts: None,
     }
+}
+
+/// The same with experts.
+fn sparse(shape: Shape) -> Shape {
+    let experts = Experts { n_experts: 64, per_token: 2, intermediate: 96 };
+    Shape { experts: Some(experts), ..shape }
 }
 
 fn options(shape: Shape) -> Options {
@@ -88,12 +95,12 @@ fn the_bytes_depend_on_the_seed_and_not_on_the_threads() {
 
 #[test]
 fn both_folders_are_checkpoints_with_the_asked_delta() {
-    for (family, tied, mean_abs_delta, rank) in [
-        (Family::Llama, false, 0.0015, 16),
-        (Family::Qwen2, true, 0.004, 3),
-        (Family::Qwen3, true, 0.0005, 0),
+    for (shape, mean_abs_delta, rank) in [
+        (tiny(Family::Llama, false), 0.0015, 16),
+        (tiny(Family::Qwen2, true), 0.004, 3),
+        (tiny(Family::Qwen3, true), 0.0005, 0),
+        (sparse(tiny(Family::Qwen3, false)), 0.0015, 16),
     ] {
-        let shape = tiny(family, tied);
         let dir = tempfile::tempdir().unwrap();
         write(dir.path(), &Options { mean_abs_delta, rank, ..options(shape) }, 2);
         let base = Checkpoint::open(&dir.path().join(BASE)).unwrap();
@@ -186,8 +193,12 @@ fn impossible_options_are_refused_before_anything_is_written() {
         assert_eq!(error, format!("--delta: expected a number from 0 to 1, got {mean_abs_delta}"));
     }
     assert_eq!(
-        refusal(Options { rank: 129, ..good }),
+        refusal(Options { rank: 129, ..good.clone() }),
         "--rank: expected at most 128, the smallest side of a matrix, got 129"
+    );
+    assert_eq!(
+        refusal(Options { rank: 65, shape: sparse(good.shape), ..good }),
+        "--rank: expected at most 64, the smallest side of a matrix, got 65"
     );
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
 }
