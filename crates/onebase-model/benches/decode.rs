@@ -5,7 +5,8 @@
 //! ONEBASE_BENCH_BASE=DIR [ONEBASE_BENCH_DELTAS=DIR,DIR] cargo bench -p onebase-model
 //! ```
 //!
-//! `cargo xtask synth` writes checkpoints of real shapes for it.
+//! Where several are given, a batch in which every row is of another one is measured
+//! too. `cargo xtask synth` writes checkpoints of real shapes for it.
 
 // Helpers of benchmarks may panic as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
@@ -53,10 +54,14 @@ fn report(base: &Path) {
         })
         .collect();
     let data = vec![1u64; 1 << 26];
-    let voices: Vec<(&str, Option<&Tenant>)> = std::iter::once(("base", None))
-        .chain(tenants.iter().map(|(name, tenant)| (name.as_str(), Some(tenant))))
+    // Whom the rows of a batch are for, in turn.
+    let mut voices: Vec<(&str, Vec<Option<&Tenant>>)> = std::iter::once(("base", vec![None]))
+        .chain(tenants.iter().map(|(name, tenant)| (name.as_str(), vec![Some(tenant)])))
         .collect();
     for batch in [1, 8] {
+        if batch > 1 && tenants.len() > 1 {
+            voices.push(("a tenant a row", tenants.iter().map(|(_, t)| Some(t)).collect()));
+        }
         let mut sequences: Vec<Vec<KvCache>> =
             voices.iter().map(|_| vec![KvCache::new(model.config()); batch]).collect();
         let prompt: Vec<u32> = (0..PROMPT_TOKENS).collect();
@@ -64,9 +69,10 @@ fn report(base: &Path) {
             let start = Instant::now();
             let mut segments: Vec<Segment<'_>> = sequences[voice]
                 .iter_mut()
-                .map(|cache| Segment {
+                .zip(voices[voice].1.iter().cycle())
+                .map(|(cache, tenant)| Segment {
                     tokens,
-                    tenant: voices[voice].1,
+                    tenant: *tenant,
                     cache,
                     logits: Logits::Last,
                 })
@@ -88,10 +94,11 @@ fn report(base: &Path) {
         let threads = rayon::current_num_threads();
         println!("read bandwidth {:.1} GB/s on {threads} threads", bandwidth / 1e9);
         let base_time = median(times[0].clone());
-        for (((name, tenant), times), prefill) in voices.iter().zip(times).zip(prefill) {
+        for (((name, tenants), times), prefill) in voices.iter().zip(times).zip(prefill) {
             let time = median(times);
-            let bytes =
-                model.checkpoint().size_bytes() as usize + tenant.map_or(0, Tenant::resident_bytes);
+            let served = tenants.iter().take(batch).flatten();
+            let bytes = model.checkpoint().size_bytes() as usize
+                + served.map(|tenant| tenant.resident_bytes()).sum::<usize>();
             let rate = bytes as f64 / time;
             println!(
                 "batch {batch}  {name}: {:.1} ms per step, {:.1} GB/s ({:.2} of the bandwidth), \
