@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use onebase_codec::DeltaSource;
-use onebase_compress::{Pair, Plan, Silent, TablePlan, compress, prepared};
+use onebase_compress::{Pair, Plan, Silent, TablePlan, VectorPlan, compress, prepared};
 use onebase_eval::{Unwatched, site_errors, total_error};
 use onebase_format::Checkpoint;
 use onebase_format::artifact::Artifact;
@@ -54,7 +54,11 @@ fn errors_in_output_space_are_those_of_the_tokens_that_an_expert_got() {
     let fine_tune = place.path().join("tuned");
     tuned(&base, &fine_tune);
     let pair = Pair::open(&base, &fine_tune).unwrap();
-    let plan = Plan { linear: "sign".parse().unwrap(), tables: TablePlan::Exact };
+    let plan = Plan {
+        linear: "sign".parse().unwrap(),
+        tables: TablePlan::Exact,
+        vectors: VectorPlan::Exact,
+    };
     compress(&pair, &plan, &place.path().join("a"), &Silent).unwrap();
     let artifact = Artifact::open(&place.path().join("a")).unwrap();
     let model = Model::load(Checkpoint::open(&fine_tune).unwrap()).unwrap();

@@ -167,8 +167,11 @@ impl Artifact {
                 }
                 if record.delta_shape().is_none() {
                     let TensorRecord { role, shape, .. } = record;
-                    let what = if *role == Role::Vector { " of a vector" } else { "" };
-                    let problem = format!("{added_rows} added rows in shape {shape:?}{what}");
+                    let problem = match (role, &shape[..]) {
+                        (Role::Vector, [_]) => format!("{added_rows} added rows of a vector"),
+                        (Role::Vector, _) => "a router, expected exact, got a delta".to_owned(),
+                        _ => format!("{added_rows} added rows in shape {shape:?}"),
+                    };
                     return Err(self.bad(tensor, problem));
                 }
             }
