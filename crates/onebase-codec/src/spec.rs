@@ -115,6 +115,14 @@ impl CodecSpec {
         Self::new(self.codec.name(), &options)
     }
 
+    /// The same codec with [`Codec::draft`].
+    pub fn draft(&self) -> Self {
+        let values = self.codec.draft().iter();
+        values.fold(self.clone(), |spec, (option, value)| {
+            spec.with(option, (*value).into()).unwrap_or(spec)
+        })
+    }
+
     /// Whether a codec's text says how large it is.
     pub fn says_size(text: &str) -> bool {
         let (_, given) = text.split_once(':').unwrap_or((text, ""));

@@ -10,6 +10,7 @@
 // Helpers of benchmarks may panic as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
@@ -48,6 +49,7 @@ fn report(base: &Path, fine_tune: &Path, codec: &CodecSpec) {
         linear: codec.clone(),
         tables: TablePlan::Codec(codec.clone()),
         vectors: VectorPlan::Exact,
+        sites: BTreeMap::new(),
     };
     let out = tempfile::tempdir_in(".").unwrap();
     for round in 0..ROUNDS {

@@ -108,7 +108,7 @@ impl Budget {
     }
 
     #[allow(clippy::cast_precision_loss)]
-    fn holds(self, sizes: &Sizes, pair: &Pair) -> bool {
+    pub(crate) fn holds(self, sizes: &Sizes, pair: &Pair) -> bool {
         match self {
             Budget::BitsPerWeight(bits) => sizes.effective_bpw_linear() <= bits,
             Budget::Share(share) => {
@@ -162,9 +162,9 @@ fn four_digits(value: f64) -> f64 {
 }
 
 /// What sizes depend on beside the plan.
-struct Known {
+pub(crate) struct Known {
     /// Whether each tensor is the base's.
-    unchanged: Vec<bool>,
+    pub(crate) unchanged: Vec<bool>,
     /// Files that the artifact holds, with their lengths, or that are the base's.
     side_files: Vec<(&'static str, Option<u64>)>,
     base: String,
@@ -172,7 +172,7 @@ struct Known {
 }
 
 impl Known {
-    fn of(pair: &Pair) -> Result<Self> {
+    pub(crate) fn of(pair: &Pair) -> Result<Self> {
         let unchanged = (0..pair.specs.len()).map(|index| pair.is_unchanged(index));
         let mut side_files = Vec::new();
         for name in SIDE_FILES.into_iter().chain([CONFIG_FILE]) {
@@ -190,7 +190,7 @@ impl Known {
     }
 
     /// The sizes that the artifact will have, to the byte.
-    fn sizes(&self, pair: &Pair, plan: &Plan) -> Result<Sizes> {
+    pub(crate) fn sizes(&self, pair: &Pair, plan: &Plan) -> Result<Sizes> {
         let mut tensors = Vec::new();
         for (index, spec) in pair.specs.iter().enumerate() {
             let base = pair.base.tensor(&spec.name)?;
@@ -204,7 +204,7 @@ impl Known {
                 base: Digest::of(b""),
                 fine_tune: Digest::of(b""),
             };
-            tensors.push(match plan.codec(spec.role, fine_tune.shape()) {
+            tensors.push(match plan.codec(spec, fine_tune.shape()) {
                 _ if self.unchanged[index] => StoredTensor::unchanged(origin),
                 None => StoredTensor::exact(origin),
                 Some(codec) => {

@@ -6,7 +6,7 @@ use onebase_format::artifact::{
 };
 use onebase_format::{CONFIG_FILE, SIDE_FILES, Tensor};
 use onebase_model::TensorSpec;
-use serde_json::Map;
+use serde_json::{Map, Value};
 
 use crate::model_card::model_card;
 use crate::pair::TensorDelta;
@@ -67,6 +67,7 @@ pub fn compress_part(
     if !pair.is_changed()? {
         return Err(Error::NoChange { path: pair.fine_tune.dir().to_owned() });
     }
+    let sites = plan.sites.iter().map(|(site, codec)| (site.clone(), codec.to_string().into()));
     let run = Run {
         tool: TOOL.to_owned(),
         base: pair.base.name(),
@@ -76,6 +77,7 @@ pub fn compress_part(
             ("linear".to_owned(), plan.linear.to_string().into()),
             ("embeddings".to_owned(), plan.tables.to_string().into()),
             ("vectors".to_owned(), plan.vectors.to_string().into()),
+            ("sites".to_owned(), Value::Object(sites.collect())),
         ]),
         n_tensors: pair.specs.len(),
         shard: job.shard,
@@ -182,7 +184,7 @@ fn put_tensor(
         return Ok(writer.put(StoredTensor::unchanged(origin(digest, digest)), &[])?);
     }
     let digests = || rayon::join(|| base.digest(), || fine_tune.digest());
-    let Some(codec) = plan.codec(spec.role, fine_tune.shape()) else {
+    let Some(codec) = plan.codec(spec, fine_tune.shape()) else {
         let bytes = read_finite(&fine_tune, 0)?;
         let (base, of_fine_tune) = digests();
         return Ok(writer.put(StoredTensor::exact(origin(base?, of_fine_tune?)), &bytes)?);

@@ -3,6 +3,7 @@
 //! Tensors are read by blocks of rows and written one after the other, so that
 //! memory is bounded by what encoding the largest takes, whatever the checkpoint's size.
 
+mod allocate;
 mod budget;
 mod compress;
 mod error;

@@ -30,7 +30,7 @@ pub fn expected_memory(pair: &Pair, plan: &Plan, n_threads: usize) -> Result<Exp
     for spec in &pair.specs {
         let base = pair.base.tensor(&spec.name)?;
         let fine_tune = pair.fine_tune.tensor(&spec.name)?;
-        let bytes = match plan.codec(spec.role, fine_tune.shape()) {
+        let bytes = match plan.codec(spec, fine_tune.shape()) {
             Some(codec) => {
                 let delta = TensorDelta::new(base, fine_tune);
                 let added = (fine_tune.n_weights() - base.n_weights()) * size_of::<f32>();

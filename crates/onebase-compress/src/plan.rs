@@ -1,8 +1,10 @@
+use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
 use onebase_codec::CodecSpec;
 use onebase_format::artifact::Role;
+use onebase_model::TensorSpec;
 
 /// How exact storage is written.
 const EXACT: &str = "exact";
@@ -16,15 +18,17 @@ pub struct Plan {
     pub tables: TablePlan,
     /// What is done with norms and biases.
     pub vectors: VectorPlan,
+    /// Linear sites that have a codec of their own, by the tensor's name.
+    pub sites: BTreeMap<String, CodecSpec>,
 }
 
 impl Plan {
-    /// The codec of tensors of a role and shape; `None` where they are stored as they are.
-    pub fn codec(&self, role: Role, shape: &[usize]) -> Option<&CodecSpec> {
-        match (role, &self.tables, &self.vectors) {
+    /// The codec of a tensor of this shape; `None` where it is stored as it is.
+    pub fn codec(&self, tensor: &TensorSpec, shape: &[usize]) -> Option<&CodecSpec> {
+        match (tensor.role, &self.tables, &self.vectors) {
             // A router, see the artifact format.
             (Role::Vector, ..) if shape.len() > 1 => None,
-            (Role::Linear, _, _) => Some(&self.linear),
+            (Role::Linear, _, _) => Some(self.sites.get(&tensor.name).unwrap_or(&self.linear)),
             (Role::Embedding | Role::Head, TablePlan::Codec(codec), _)
             | (Role::Vector, _, VectorPlan::Codec(codec)) => Some(codec),
             (Role::Embedding | Role::Head, TablePlan::Exact, _)

@@ -5,9 +5,11 @@
 
 mod support;
 
-use onebase_codec::CODECS;
-use onebase_compress::{Budget, Error, Pair, Plan, Silent, VectorPlan, compress};
-use onebase_format::artifact::Sizes;
+use std::collections::{BTreeMap, BTreeSet};
+
+use onebase_codec::{CODECS, CodecSpec, DeltaSource as _};
+use onebase_compress::{Budget, Error, Pair, Plan, Silent, TablePlan, VectorPlan, compress};
+use onebase_format::artifact::{Artifact, Role, Sizes};
 use support::{Folder, Memory, SAME, demo};
 
 fn pair_of_demo() -> Pair {
@@ -20,6 +22,7 @@ fn fitted(pair: &Pair, budget: &str, codec: &str, tables: Option<&str>) -> Resul
         linear: codec.parse().unwrap(),
         tables: tables.unwrap_or(codec).parse().unwrap(),
         vectors: VectorPlan::Exact,
+        sites: BTreeMap::new(),
     };
     let plan = budget.fit(pair, &plan, tables.is_none())?;
     let dir = tempfile::tempdir().unwrap();
@@ -96,4 +99,63 @@ fn budgets_are_read_as_people_write_them() {
         let error = bad.parse::<Budget>().unwrap_err();
         assert!(error.contains("2.1bpw, 10% or 200MB"), "{bad}");
     }
+}
+
+/// Sites get different sizes, the artifact stays within the budget, and the errors over the
+/// base's weights add up to less than where all sites have the same.
+#[test]
+fn an_allocated_budget_is_kept_and_gains() {
+    let pair = pair_of_demo();
+    let budget: Budget = "2.1bpw".parse().unwrap();
+    for codec in ["low-rank", "rtn"] {
+        let plan = Plan {
+            linear: codec.parse().unwrap(),
+            tables: TablePlan::Exact,
+            vectors: VectorPlan::Exact,
+            sites: BTreeMap::new(),
+        };
+        let uniform = budget.fit(&pair, &plan, false).unwrap();
+        let allocated = budget.allocate(&pair, &uniform, &Silent).unwrap();
+        let n_sizes = allocated.sites.values().map(ToString::to_string).collect::<BTreeSet<_>>();
+        assert!(n_sizes.len() > 1, "{codec}");
+        let [uniform, allocated] = [uniform, allocated].map(|plan| {
+            let dir = tempfile::tempdir().unwrap();
+            let out = dir.path().join("out");
+            let (_, sizes) = compress(&pair, &plan, &out, &Silent).unwrap();
+            assert!(sizes.effective_bpw_linear() <= 2.1, "{codec}");
+            weighted_error(&pair, &Artifact::open(&out).unwrap())
+        });
+        assert!(allocated < 0.97 * uniform, "{codec}: {allocated} {uniform}");
+    }
+    let dense = Plan {
+        linear: "dense".parse().unwrap(),
+        tables: TablePlan::Exact,
+        vectors: VectorPlan::Exact,
+        sites: BTreeMap::new(),
+    };
+    let error = budget.allocate(&pair, &dense, &Silent).unwrap_err();
+    assert!(matches!(error, Error::UnknownSize { .. }), "{error:?}");
+}
+
+/// The sum over the linear sites of the squared error over the squared norm of the base.
+fn weighted_error(pair: &Pair, artifact: &Artifact) -> f64 {
+    let mut total = 0.0;
+    for spec in pair.specs().iter().filter(|spec| spec.role == Role::Linear) {
+        let delta = pair.delta(&spec.name).unwrap();
+        let [n_rows, n_cols] = delta.shape();
+        let (mut wanted, mut got) = (vec![0.0; n_rows * n_cols], vec![0.0; n_rows * n_cols]);
+        delta.read_rows(0..n_rows, &mut wanted).unwrap();
+        let (record, encoded) = artifact.delta(&spec.name).unwrap().unwrap();
+        let codec = CodecSpec::from_record(&record.name, record.version, &record.options).unwrap();
+        codec.prepare(encoded).unwrap().write_rows(0..n_rows, &mut got);
+        let base = pair.base().tensor(&spec.name).unwrap();
+        let mut weights = vec![0.0; base.n_weights()];
+        base.dtype().widen(&base.bytes(), &mut weights);
+        let square = |values: &mut dyn Iterator<Item = f32>| -> f64 {
+            values.map(|v| f64::from(v).powi(2)).sum()
+        };
+        let lost = square(&mut wanted.iter().zip(&got).map(|(w, g)| w - g));
+        total += lost / square(&mut weights.iter().copied());
+    }
+    total
 }

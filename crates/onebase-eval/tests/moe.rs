@@ -58,6 +58,7 @@ fn errors_in_output_space_are_those_of_the_tokens_that_an_expert_got() {
         linear: "sign".parse().unwrap(),
         tables: TablePlan::Exact,
         vectors: VectorPlan::Exact,
+        sites: BTreeMap::new(),
     };
     compress(&pair, &plan, &place.path().join("a"), &Silent).unwrap();
     let artifact = Artifact::open(&place.path().join("a")).unwrap();

@@ -4,6 +4,7 @@
 // Helpers of tests may panic as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use onebase_compress::{Pair, Plan, Silent, TablePlan, VectorPlan, compress};
@@ -41,6 +42,7 @@ fn figures_are_those_of_pytorch() {
             linear: codec.clone(),
             tables: TablePlan::Codec(codec.clone()),
             vectors: VectorPlan::Exact,
+            sites: BTreeMap::new(),
         };
         let pair = Pair::open(&family.join("base"), &folder).unwrap();
         compress(&pair, &plan, &out, &Silent).unwrap();

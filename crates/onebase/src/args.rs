@@ -76,6 +76,10 @@ pub(crate) struct CompressArgs {
     /// weight of the linear sites), 10% (of the fine-tune's bytes) or 200MB
     #[arg(long, value_name = "SIZE")]
     pub(crate) budget: Option<Budget>,
+    /// Give each linear site a size of its own within the budget, by its error over its weights;
+    /// each is encoded at several sizes for that
+    #[arg(long, requires = "budget")]
+    pub(crate) allocate: bool,
     /// Do only part I of N, in a process or on a machine of its own; `onebase finalize` joins them
     #[arg(long, value_name = "I/N", value_parser = shard)]
     pub(crate) shard: Option<Shard>,

@@ -106,6 +106,10 @@ impl Codec for DqreloPlus {
         fits + truncated_svd_bytes(shape, layout.rank, svd_method(options))
     }
 
+    fn draft(&self) -> &'static [(&'static str, usize)] {
+        &[("rounds", 0)]
+    }
+
     fn encode(&self, options: &Options, delta: &dyn DeltaSource) -> Result<EncodedDelta> {
         let shape = delta.shape();
         let layout = Layout::new(options, shape);

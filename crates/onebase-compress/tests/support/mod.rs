@@ -193,6 +193,7 @@ pub(crate) fn plan(codec: &str) -> Plan {
         linear: codec.parse().unwrap(),
         tables: tables.parse::<TablePlan>().unwrap(),
         vectors: vectors.parse::<VectorPlan>().unwrap(),
+        sites: BTreeMap::new(),
     }
 }
 

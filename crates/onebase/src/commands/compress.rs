@@ -1,3 +1,4 @@
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use anyhow::bail;
@@ -25,12 +26,23 @@ pub(crate) fn run(args: &CompressArgs, output: &Output) -> anyhow::Result<()> {
         linear: codec.clone(),
         tables: args.embeddings.clone().unwrap_or_else(|| TablePlan::Codec(codec.clone())),
         vectors: args.vectors.clone(),
+        sites: BTreeMap::new(),
     };
     let plan = match args.budget {
         Some(_) if args.codec.has_size => {
             bail!("{codec} says its size, so that --budget cannot choose it; give one of them")
         }
-        Some(budget) => budget.fit(&pair, &plan, args.embeddings.is_none())?,
+        Some(budget) => {
+            let plan = budget.fit(&pair, &plan, args.embeddings.is_none())?;
+            if args.allocate {
+                let bar = Bar::new("allocating");
+                let allocated = budget.allocate(&pair, &plan, &bar)?;
+                bar.finish();
+                allocated
+            } else {
+                plan
+            }
+        }
         None => plan,
     };
     let expected = expected_memory(&pair, &plan, rayon::current_num_threads())?;

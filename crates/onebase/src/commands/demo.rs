@@ -1,3 +1,4 @@
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -111,6 +112,7 @@ fn fine_tune_rows(
             linear: codec.clone(),
             tables: TablePlan::Codec(codec.clone()),
             vectors: VectorPlan::Exact,
+            sites: BTreeMap::new(),
         };
         let (_, sizes) = compress(&pair, &plan, &target, &bar)?;
         bar.finish();
