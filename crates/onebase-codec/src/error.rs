@@ -52,6 +52,14 @@ pub enum Error {
         /// The version of the parts.
         got: u32,
     },
+    /// The deltas of a codec cannot be rescaled in their parts.
+    #[error("codec {codec} has no scales that can be changed after encoding")]
+    NotRescalable {
+        /// The codec.
+        codec: &'static str,
+        /// The codecs that have.
+        known: Vec<&'static str>,
+    },
     /// The delta holds NaN or ∞.
     #[error("row {row}, column {column}: {got} is not a finite number")]
     NotFinite {
@@ -86,6 +94,7 @@ impl Error {
                 format!("did you mean `{nearest}`? there are {}", known.join(", "))
             }
             Error::UnknownOption { known, .. } => format!("it has {}", known.join(", ")),
+            Error::NotRescalable { known, .. } => format!("{} have", known.join(", ")),
             Error::NewerParts { .. } => "install a newer onebase".into(),
             Error::NotFinite { .. } => {
                 "a checkpoint with NaN or ∞ is broken; look for a diverged training run".into()

@@ -13,15 +13,17 @@ mod factors;
 mod largest;
 pub mod numerics;
 mod options;
+mod rescale;
 mod signs;
 mod source;
 mod spec;
 mod svd_options;
 
 pub use codec::{Codec, DeltaLinear};
-pub use codecs::CODECS;
+pub use codecs::{CODECS, RESCALABLE};
 pub use error::Error;
 pub use options::{Kind, OptionSpec, Options};
+pub use rescale::Rescale;
 pub use source::{DeltaSource, for_each_block, read_finite, read_wide};
 pub use spec::CodecSpec;
 

@@ -60,6 +60,20 @@ pub enum Error {
         /// The codec.
         codec: String,
     },
+    /// A text is too short to fit scales on a part of it and judge them on another.
+    #[error("a text of {n_tokens} tokens, expected at least {least}")]
+    ShortText {
+        /// Its tokens.
+        n_tokens: usize,
+        /// The fewest.
+        least: usize,
+    },
+    /// Logits are NaN or ∞.
+    #[error("{}: logits are no finite numbers", path.display())]
+    LogitsNotFinite {
+        /// The artifact.
+        path: PathBuf,
+    },
     /// The fine-tune is the base.
     #[error("{} has the same weights as the base", path.display())]
     NoChange {
@@ -88,6 +102,10 @@ impl Error {
             Error::UnknownSize { .. } => {
                 Some("choose its size by its own options instead of a budget".into())
             }
+            Error::ShortText { .. } => {
+                Some("give a longer text, or more of it with --distill-tokens".into())
+            }
+            Error::LogitsNotFinite { .. } => Some("look for weights of extreme size".into()),
             Error::NoChange { .. } => {
                 Some("give the fine-tuned checkpoint; there is no delta to store".into())
             }

@@ -6,6 +6,7 @@
 mod allocate;
 mod budget;
 mod compress;
+mod distill;
 mod error;
 mod memory;
 mod model_card;
@@ -17,6 +18,7 @@ mod verify;
 
 pub use budget::Budget;
 pub use compress::{Job, compress, compress_part, join};
+pub use distill::{DistillText, Distilled, distill};
 pub use error::Error;
 pub use memory::{ExpectedMemory, expected_memory};
 pub use model_card::updated_model_card;

@@ -55,6 +55,12 @@ fn figures(manifest: &Manifest, sizes: &Sizes) -> String {
     row("effective bits per weight, linear sites", linear);
     let total = format!("{:.3}", effective_bits(sizes.total_bytes, sizes.n_weights_total));
     row("effective bits per weight, whole fine-tune", total);
+    if let Some(text) = &manifest.distillation {
+        row(
+            "scales fitted to the fine-tune's logits on",
+            format!("{} ({} tokens)", text.name, text.n_tokens),
+        );
+    }
     for (method, count) in methods(manifest) {
         row(&format!("tensors stored as {method}"), count.to_string());
     }

@@ -75,7 +75,7 @@ pub fn restore(
     Ok(folder.commit()?)
 }
 
-fn dtype(artifact: &Artifact, tensor: &str) -> Result<DType> {
+pub(crate) fn dtype(artifact: &Artifact, tensor: &str) -> Result<DType> {
     match artifact.record(tensor)?.dtype.parse() {
         Ok(dtype) => Ok(dtype),
         Err(_) => unreachable!("the type was checked when the artifact was opened"),

@@ -31,7 +31,7 @@ pub use kv_cache::KvCache;
 pub use model::{Model, check_tensors};
 pub use observer::{Observer, SiteInput};
 pub use sampler::{Sampler, SamplingParams};
-pub use tenant::Tenant;
+pub use tenant::{Tenant, Wrap};
 pub use tokenizer::{TextModel, Tokenizer};
 
 /// The result of this crate's operations.

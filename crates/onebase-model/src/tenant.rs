@@ -37,6 +37,15 @@ impl Tenant {
     /// When the base is another one, or the artifact is damaged or does not fit
     /// the architecture.
     pub fn load(model: &Model, artifact: &Artifact) -> Result<Self> {
+        Self::load_with(model, artifact, &mut |_, delta| delta)
+    }
+
+    /// [`Tenant::load`], the delta of each linear site, by the tensor's name, replaced
+    /// by what `wrap` makes of it, which must have its shape.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn load_with(model: &Model, artifact: &Artifact, wrap: Wrap<'_>) -> Result<Self> {
         let digests = model.digests()?;
         let digests = digests.iter().map(|(name, digest)| (name.as_str(), *digest)).collect();
         artifact.check_base_digests(model.checkpoint().dir(), &digests)?;
@@ -47,6 +56,7 @@ impl Tenant {
             artifact,
             base: model.checkpoint(),
             base_rows: model.config.vocab_size,
+            wrap,
             resident_bytes: 0,
         };
         let Decoder { embedding, layers, norm, head } = Decoder::load(&config, &mut loader)?;
@@ -66,11 +76,15 @@ impl Tenant {
     }
 }
 
+/// What is made of the delta of each linear site.
+pub type Wrap<'a> = &'a mut dyn FnMut(&str, Box<dyn DeltaLinear>) -> Box<dyn DeltaLinear>;
+
 pub(crate) struct TenantLoader<'a> {
     artifact: &'a Artifact,
     base: &'a Checkpoint,
     /// Rows of the base's token tables.
     base_rows: usize,
+    wrap: Wrap<'a>,
     resident_bytes: usize,
 }
 
@@ -133,7 +147,7 @@ impl Loader for TenantLoader<'_> {
         let weight = format!("{module}.weight");
         let record = self.artifact.record_for(&weight, Role::Linear)?;
         self.check_shape(&weight, &shape, &record.shape)?;
-        let delta = self.delta(&weight, shape)?;
+        let delta = self.delta(&weight, shape)?.map(|delta| (self.wrap)(&weight, delta));
         self.resident_bytes += delta.as_ref().map_or(0, |delta| delta.resident_bytes());
         let bias = if bias { self.vector(&format!("{module}.bias"), shape[0])? } else { None };
         Ok(SiteDelta { delta, bias })

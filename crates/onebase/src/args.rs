@@ -86,6 +86,14 @@ pub(crate) struct CompressArgs {
     /// Throw away what an interrupted run has done, instead of going on with it
     #[arg(long)]
     pub(crate) restart: bool,
+    /// A plain text: a factor for each linear site is fitted so that the logits on it are the
+    /// fine-tune's (BitDelta's scale distillation)
+    #[arg(long, value_name = "TEXT", conflicts_with_all = ["budget", "shard", "restart"])]
+    pub(crate) distill: Option<PathBuf>,
+    /// Tokens of that text to use, the first ones; a quarter of them judges the fit
+    #[arg(long, value_name = "N", default_value = "4096", value_parser = positive,
+        requires = "distill")]
+    pub(crate) distill_tokens: usize,
 }
 
 #[derive(Debug, clap::Args)]

@@ -162,13 +162,15 @@ fn wrong_use_exits_with_two() {
     let (base, math, out) = (arg("base"), arg("math"), place.text("a"));
     let compress = ["compress", &base, &math, "--out", &out];
     let generate = ["generate", &base, "--prompt", "hi"];
-    let cases: [(&[&str], &[&str], &[&str]); 25] = [
+    let cases: [(&[&str], &[&str], &[&str]); 27] = [
         (&[], &[], &["Usage: onebase"]),
         (&["compres"], &[], &["unrecognized subcommand 'compres'", "'compress'"]),
         (&compress, &["--codec", "sgin"], &["unknown codec \"sgin\"", "did you mean `sign`"]),
         (&compress, &["--codec", ""], &["unknown codec \"\""]),
         (&compress, &["--embeddings", "exat"], &["unknown codec \"exat\""]),
         (&compress, &["--vectors", "magnitud"], &["unknown codec", "did you mean `magnitude`"]),
+        (&compress, &["--distill-tokens", "512"], &["required", "--distill <TEXT>"]),
+        (&compress, &["--distill", "x", "--distill-tokens", "0"], &["a number from 1 on"]),
         (&compress, &["--codec", "rtn:bit=4"], &["rtn has no option \"bit\"", "it has bits"]),
         (&compress, &["--codec", "rtn:bits=9"], &["option bits: expected 1 to 8, got 9"]),
         (&compress, &["--codec", "rtn:bits"], &["option bits: expected 1 to 8, got \"\""]),
@@ -448,4 +450,35 @@ fn the_demo_counts_the_questions_there_are() {
     std::fs::write(place.path("eval").join("math.jsonl"), "{}\n").unwrap();
     let run = onebase(["demo", "--dir", dir]).exits(1);
     run.says(&["error: ", "math.jsonl, line 1: missing field `answer`", "hint: "]);
+}
+
+#[test]
+fn scales_are_fitted_on_a_text() {
+    let place = Place::new();
+    let (base, math, out, text) = (arg("base"), arg("math"), place.text("a"), place.text("t.txt"));
+    std::fs::write(&text, "Tom has 3 boxes of 12 pens and gives 5 pens to Ann. ".repeat(60))
+        .unwrap();
+    let compress = ["compress", &base, &math, "--out", &out, "--embeddings", "exact", "--json"];
+    let run =
+        |more: &[&str]| Run::of(command(compress.iter().chain(more)).arg("--distill").arg(&text));
+    let refused = run(&["--codec", "low-rank"]).exits(1);
+    assert!(refused.stderr.contains("low-rank has no scales"), "{}", refused.stderr);
+    assert!(refused.stderr.contains("hint: rtn, sign"), "{}", refused.stderr);
+    let short = run(&["--codec", "sign", "--distill-tokens", "100"]).exits(1);
+    assert!(short.stderr.contains("100 tokens"), "{}", short.stderr);
+    assert_eq!(place.names(), ["t.txt"]);
+
+    let got = run(&["--codec", "sign:scale=matrix", "--distill-tokens", "400"]).exits(0);
+    let got: Value = serde_json::from_str(&got.stdout).unwrap();
+    let distilled = &got["distilled"];
+    assert_eq!((&distilled["n_sites"], &distilled["n_held_out_tokens"]), (&json!(42), &json!(16)));
+    let loss = |name: &str| distilled[name].as_f64().unwrap();
+    assert!(loss("loss_after") <= loss("loss_before"), "{distilled}");
+    let manifest = std::fs::read_to_string(place.path("a/onebase.json")).unwrap();
+    let manifest: Value = serde_json::from_str(&manifest).unwrap();
+    let record = &manifest["distillation"];
+    assert_eq!((&record["name"], &record["n_tokens"]), (&json!("t.txt"), &json!(400)));
+    let again = run(&["--codec", "sign:scale=matrix"]).exits(1);
+    assert!(again.stderr.contains("exists"), "{}", again.stderr);
+    assert_eq!(place.names(), ["a", "t.txt"]);
 }

@@ -26,7 +26,7 @@ use crate::numerics::{truncated_svd, truncated_svd_bytes};
 use crate::signs::{Signs, finite_sum};
 use crate::source::{Less, take};
 use crate::svd_options::{SEED, SVD, svd_method};
-use crate::{Codec, DeltaLinear, DeltaSource, Kind, OptionSpec, Options, Result};
+use crate::{Codec, DeltaLinear, DeltaSource, Kind, OptionSpec, Options, Rescale, Result};
 
 /// Parts `sign`: `[out_features, plane_bytes]`, U8, as the codec `sign` packs them;
 /// `scale`: `[1]`, F32; `u`: `[out_features, rank]`, BF16; `v`: `[rank, in_features]`,
@@ -128,6 +128,12 @@ impl Codec for Dqrelo {
         parts.finish()?;
         let signs = Signs::with_shared_scale(shape, bits, scale);
         Ok(Box::new(DqreloDelta { shape, signs, factors: Factors::new(shape, rank, u, v) }))
+    }
+}
+
+impl Rescale for Dqrelo {
+    fn linear_parts(&self) -> &'static [&'static str] {
+        &["scale", "u"]
     }
 }
 

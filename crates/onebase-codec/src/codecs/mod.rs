@@ -19,3 +19,6 @@ codecs! {
     dqrelo::Dqrelo,
     dqrelo_plus::DqreloPlus,
 }
+
+/// The codecs whose deltas can be multiplied by a number in their parts.
+pub static RESCALABLE: &[&dyn crate::Rescale] = &[&rtn::Rtn, &sign::Sign, &dqrelo::Dqrelo];

@@ -11,7 +11,9 @@ use half::bf16;
 use onebase_kernels::{Backend, LowBit, plane_bytes};
 use onebase_tensor::{DType, EncodedDelta, MatrixMut, MatrixRef, PartData, PartShapes, PartSpec};
 
-use crate::{Codec, DeltaLinear, DeltaSource, Kind, OptionSpec, Options, Result, for_each_block};
+use crate::{
+    Codec, DeltaLinear, DeltaSource, Kind, OptionSpec, Options, Rescale, Result, for_each_block,
+};
 
 /// Part `codes`: `[out_features, bits, plane_bytes]`, U8, the bit planes of each
 /// row, lowest bit first; bit `k mod 8` of byte `k / 8` belongs to input feature
@@ -99,6 +101,12 @@ impl Codec for Rtn {
         let scale = parts.take_bf16("scale", &layout.scale_shape())?;
         parts.finish()?;
         Ok(Box::new(RtnDelta { layout, codes, scale }))
+    }
+}
+
+impl Rescale for Rtn {
+    fn linear_parts(&self) -> &'static [&'static str] {
+        &["scale"]
     }
 }
 

@@ -1,6 +1,7 @@
 //! One bit per weight: `Δ ≈ α · sign(Δ)` with `α = mean |Δ|`, which is the
 //! least-squares scale (J. Liu et al., "BitDelta: Your Fine-Tune May Only Be
-//! Worth One Bit", NeurIPS 2024, without its scale distillation).
+//! Worth One Bit", NeurIPS 2024). Its scale distillation is a fit after encoding, for
+//! which the scales can be changed in the parts.
 //!
 //! `scale=matrix` is the paper's: one α for the whole matrix; `scale=row` has one
 //! for each output feature. As in the paper's text the sign of zero is −1; the
@@ -12,7 +13,7 @@ use onebase_kernels::{Backend, plane_bytes};
 use onebase_tensor::{EncodedDelta, MatrixMut, MatrixRef, PartShapes, PartSpec};
 
 use crate::signs::Signs;
-use crate::{Codec, DeltaLinear, DeltaSource, Kind, OptionSpec, Options, Result};
+use crate::{Codec, DeltaLinear, DeltaSource, Kind, OptionSpec, Options, Rescale, Result};
 
 /// Part `sign`: `[out_features, plane_bytes]`, U8, 1 where the delta is positive;
 /// bit `k mod 8` of byte `k / 8` belongs to input feature `k`, rows are padded to
@@ -71,6 +72,12 @@ impl Codec for Sign {
         };
         parts.finish()?;
         Ok(Box::new(SignDelta { shape, signs }))
+    }
+}
+
+impl Rescale for Sign {
+    fn linear_parts(&self) -> &'static [&'static str] {
+        &["scale"]
     }
 }
 

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::CalibrationRecord;
 use super::layout::StoredTensor;
 use crate::atomic::Lock;
 use crate::error::Error;
@@ -121,6 +122,8 @@ pub(super) enum Entry {
         name: String,
         blake3: Digest,
     },
+    /// The text on which scales were fitted after encoding.
+    Distillation(CalibrationRecord),
     /// Nothing is left to do.
     End,
 }
@@ -130,7 +133,7 @@ impl Entry {
         match self {
             Entry::Tensor(done) => Some(done.span),
             Entry::File { span, .. } => Some(*span),
-            Entry::Inherited { .. } | Entry::End => None,
+            Entry::Inherited { .. } | Entry::Distillation(_) | Entry::End => None,
         }
     }
 }

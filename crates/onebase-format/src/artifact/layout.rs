@@ -131,6 +131,7 @@ impl Layout {
             files: BTreeMap::new(),
             inherited: BTreeMap::new(),
             tensors: BTreeMap::new(),
+            distillation: None,
             quality: None,
         };
         let mut files = Vec::new();

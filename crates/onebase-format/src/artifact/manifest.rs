@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::Quality;
+use super::{CalibrationRecord, Quality};
 use crate::Digest;
 
 /// The manifest's file name.
@@ -46,6 +46,9 @@ pub struct Manifest {
     pub inherited: BTreeMap<String, Digest>,
     /// Every tensor of the fine-tune.
     pub tensors: BTreeMap<String, TensorRecord>,
+    /// The text on which scales were fitted after encoding, if they were.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub distillation: Option<CalibrationRecord>,
     /// How much of the fine-tune was kept, once that was measured; see
     /// [`Manifest::quality`]. Nothing else depends on it, so that a record of another
     /// version makes no artifact unreadable.

@@ -3,6 +3,7 @@ use std::path::{Path, PathBuf};
 
 use onebase_tensor::{DType, EncodedDelta};
 
+use super::CalibrationRecord;
 use super::journal::{Data, DoneTensor, Entry, Journal, Run, Shard};
 use super::layout::{Layout, Names, StoredTensor};
 use super::manifest::{CodecRecord, FileRecord, MANIFEST_FILE, MODEL_CARD_FILE, Manifest, Role};
@@ -100,7 +101,7 @@ impl ArtifactWriter {
         let entries = self.journal.iter().flat_map(Journal::entries);
         entries.into_iter().any(|entry| match entry {
             Entry::File { name: known, .. } | Entry::Inherited { name: known, .. } => known == name,
-            Entry::Tensor(_) | Entry::End => false,
+            Entry::Tensor(_) | Entry::Distillation(_) | Entry::End => false,
         })
     }
 
@@ -181,6 +182,14 @@ impl ArtifactWriter {
     pub fn inherit_file(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
         let entry = Entry::Inherited { name: name.to_owned(), blake3: Digest::of(bytes) };
         self.journal().record(entry)
+    }
+
+    /// Records the text on which scales were fitted after encoding.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn put_distillation(&mut self, text: CalibrationRecord) -> Result<()> {
+        self.journal().record(Entry::Distillation(text))
     }
 
     /// Completes the shard; [`join`] makes the artifact when all are complete.
@@ -349,6 +358,7 @@ fn assemble(
                 Entry::Inherited { name, blake3 } => {
                     manifest.inherited.insert(name.clone(), *blake3);
                 }
+                Entry::Distillation(text) => manifest.distillation = Some(text.clone()),
                 Entry::Tensor(_) | Entry::End => {}
             }
         }

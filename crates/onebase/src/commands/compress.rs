@@ -1,14 +1,21 @@
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::time::Instant;
 
-use anyhow::bail;
-use onebase_compress::{Job, Pair, Plan, TablePlan, compress_part, expected_memory};
-use onebase_format::artifact::{Manifest, Shard, Sizes};
+use anyhow::{Context as _, bail};
+use onebase_compress::{
+    DistillText, Distilled, Job, Pair, Plan, Progress, TablePlan, compress, compress_part, distill,
+    expected_memory,
+};
+use onebase_eval::{TextFile, Watcher as _};
+use onebase_format::Checkpoint;
+use onebase_format::artifact::{Artifact, CalibrationRecord, Manifest, Shard, Sizes};
+use onebase_model::{Model, TextModel};
 use serde_json::json;
 
 use crate::args::CompressArgs;
 use crate::commands::inspect::summary_rows;
-use crate::output::{Bar, Output, bytes, table};
+use crate::output::{Bar, Output, Stages, bytes, number, table};
 
 /// The most resident memory that this process held so far; Linux alone tells.
 fn peak_memory_bytes() -> Option<u64> {
@@ -16,6 +23,62 @@ fn peak_memory_bytes() -> Option<u64> {
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib * 1024)
+}
+
+/// Compresses into a folder beside the artifact's and fits the scales of what is there.
+fn distilled(
+    args: &CompressArgs,
+    text: &Path,
+    pair: &Pair,
+    plan: &Plan,
+) -> anyhow::Result<Written> {
+    // Before the work whose result it is for.
+    plan.linear.rescalable()?;
+    if args.out.symlink_metadata().is_ok() {
+        return Err(onebase_format::Error::Exists { path: args.out.clone() }.into());
+    }
+    let text = TextFile::read(text)?;
+    let mut tokens =
+        TextModel::from_checkpoint(pair.fine_tune())?.tokenizer.encode(&text.text, true)?;
+    tokens.truncate(args.distill_tokens);
+    let around = match args.out.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let scratch = tempfile::Builder::new()
+        .prefix(".onebase-distill-")
+        .tempdir_in(around)
+        .with_context(|| format!("cannot make a temporary folder in {}", around.display()))?;
+    let plain = scratch.path().join("plain");
+    let bar = Bar::new("compressing");
+    compress(pair, plan, &plain, &bar)?;
+    bar.finish();
+    let base = Model::load(Checkpoint::open(pair.base().dir())?)?;
+    let fine_tune = Model::load(Checkpoint::open(pair.fine_tune().dir())?)?;
+    let record = CalibrationRecord { name: text.name, blake3: text.digest, n_tokens: tokens.len() };
+    let text = DistillText { tokens: &tokens, record };
+    let artifact = Artifact::open(&plain)?;
+    let passes = Passes(Stages::new());
+    let (manifest, sizes, distilled) =
+        distill(&base, &fine_tune, &artifact, &text, &args.out, &passes)?;
+    Ok(Written { manifest, sizes, distilled: Some(distilled) })
+}
+
+/// The tokens that are run to fit scales.
+struct Passes(Stages);
+
+impl Progress for Passes {
+    fn begin(&self, total: u64) {
+        self.0.begin("fitting scales", total);
+    }
+
+    fn resumed(&self, _: usize) {}
+
+    fn tensor(&self, _: &str) {}
+
+    fn advance(&self, tokens: u64) {
+        self.0.advance(tokens);
+    }
 }
 
 pub(crate) fn run(args: &CompressArgs, output: &Output) -> anyhow::Result<()> {
@@ -52,18 +115,24 @@ pub(crate) fn run(args: &CompressArgs, output: &Output) -> anyhow::Result<()> {
         bytes(expected.bytes),
         expected.tensor
     ));
-    let bar = Bar::new("compressing");
-    let job = Job { shard: args.shard.unwrap_or(Shard::WHOLE), restart: args.restart };
-    let written = compress_part(&pair, &plan, job, &args.out, &bar)?;
-    bar.finish();
+    let shard = args.shard.unwrap_or(Shard::WHOLE);
+    let written = if let Some(text) = &args.distill {
+        Some(distilled(args, text, &pair, &plan)?)
+    } else {
+        let bar = Bar::new("compressing");
+        let job = Job { shard, restart: args.restart };
+        let written = compress_part(&pair, &plan, job, &args.out, &bar)?;
+        bar.finish();
+        written.map(|(manifest, sizes)| Written { manifest, sizes, distilled: None })
+    };
     let cost = Cost {
         seconds: start.elapsed().as_secs_f64(),
         read_bytes: pair.base().size_bytes() + pair.fine_tune().size_bytes(),
         expected_memory_bytes: expected.bytes,
     };
     match written {
-        Some((manifest, sizes)) => artifact(args, &pair, &manifest, &sizes, &cost, output),
-        None => shard(args, job.shard, &cost, output),
+        Some(written) => say_artifact(args, &pair, &written, &cost, output),
+        None => say_shard(args, shard, &cost, output),
     }
 }
 
@@ -75,15 +144,22 @@ struct Cost {
     expected_memory_bytes: u64,
 }
 
-fn artifact(
+/// An artifact that was written.
+struct Written {
+    manifest: Manifest,
+    sizes: Sizes,
+    distilled: Option<Distilled>,
+}
+
+fn say_artifact(
     args: &CompressArgs,
     pair: &Pair,
-    manifest: &Manifest,
-    sizes: &Sizes,
+    written: &Written,
     cost: &Cost,
     output: &Output,
 ) -> anyhow::Result<()> {
-    let object = json!({
+    let Written { manifest, sizes, distilled } = written;
+    let mut object = json!({
         "artifact": args.out,
         "bytes": sizes.total_bytes,
         "fine_tune_bytes": pair.fine_tune().size_bytes(),
@@ -94,9 +170,24 @@ fn artifact(
         "peak_memory_bytes": peak_memory_bytes(),
         "expected_memory_bytes": cost.expected_memory_bytes,
     });
+    if let Some(distilled) = distilled {
+        object["distilled"] = json!(distilled);
+    }
     output.result(&object, || {
         let mut rows = vec![vec!["artifact".to_owned(), args.out.display().to_string()]];
         rows.extend(summary_rows(manifest, sizes));
+        if let Some(distilled) = distilled {
+            let Distilled { n_sites, n_held_out_tokens, loss_before, loss_after, .. } = distilled;
+            rows.push(vec![
+                "scales fitted".to_owned(),
+                format!(
+                    "{n_sites} factors; squared error of a logit on {n_held_out_tokens} other \
+                     tokens {} → {}",
+                    number(*loss_before),
+                    number(*loss_after)
+                ),
+            ]);
+        }
         rows.push(vec![
             "time".to_owned(),
             #[allow(
@@ -116,7 +207,7 @@ fn artifact(
     })
 }
 
-fn shard(
+fn say_shard(
     args: &CompressArgs,
     Shard { index, count }: Shard,
     cost: &Cost,
