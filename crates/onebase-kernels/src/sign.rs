@@ -9,6 +9,12 @@ use crate::parallel::{Output, for_each_task};
 use crate::tiles::{Tiled, cover};
 use crate::vector::{Kernel, LANES, Lanes, load_rows, load_tails, plane_bytes};
 
+/// Vectors whose bits are one line of the cache.
+const LINE_VECTORS: usize = 32;
+
+/// Tiles that a single row's bits are asked for ahead.
+const PREFETCH_TILES: usize = 4;
+
 /// A sign matrix `[out_features, in_features]` with a scale per output feature:
 /// the weight is `+scale` where the bit is set and `−scale` where it is not.
 #[derive(Clone, Copy, Debug)]
@@ -192,6 +198,12 @@ impl Tiled for Product<'_> {
             for i in 0..whole {
                 let xs = load_rows::<V, B>(x.add(i * LANES), n);
                 for (r, acc) in acc.iter_mut().enumerate() {
+                    if B == 1 && i % LINE_VECTORS == 0 {
+                        // A tile's rows are few bytes; those of some tiles on are asked for.
+                        V::prefetch(
+                            bits.wrapping_add((r + PREFETCH_TILES * R) * row_bytes + 2 * i),
+                        );
+                    }
                     let m = mask(bits, row_bytes, r, i);
                     for (a, xv) in acc.iter_mut().zip(xs) {
                         *a = a.mask_add(m, xv);
