@@ -3,6 +3,7 @@ use std::ops::Range;
 use onebase_codec::DeltaLinear;
 use onebase_kernels::{Backend, add_assign};
 use onebase_tensor::{MatrixMut, MatrixRef};
+use rayon::prelude::*;
 
 use crate::Tenant;
 use crate::weights::Weight;
@@ -22,7 +23,8 @@ pub(crate) struct SiteDelta {
     pub(crate) bias: Option<Vec<f32>>,
 }
 
-/// Consecutive rows of a batch that belong to one tenant, or to the base.
+/// Consecutive rows of a batch that belong to one tenant, or to the base. Groups follow
+/// each other without a gap.
 #[derive(Clone)]
 pub(crate) struct RowGroup<'a> {
     pub(crate) rows: Range<usize>,
@@ -37,21 +39,36 @@ impl Linear {
         &self,
         backend: Backend,
         groups: &[RowGroup<'a>],
-        site: impl Fn(&'a Tenant) -> &'a SiteDelta,
+        site: impl Fn(&'a Tenant) -> &'a SiteDelta + Sync,
         x: MatrixRef<'_>,
         mut y: MatrixMut<'_>,
     ) {
         y.data().fill(0.0);
         backend.add_dense(self.weight.as_ref(), x, &mut y);
-        for group in groups {
+        // Rows of several tenants at a time: their products are small, and threads that
+        // wait for the end of each would be idle for much of it.
+        let width = y.n_cols();
+        let mut rest = y.data();
+        let parts: Vec<_> = groups
+            .iter()
+            .map(|group| {
+                let (rows, after) =
+                    std::mem::take(&mut rest).split_at_mut(group.rows.len() * width);
+                rest = after;
+                (group, rows)
+            })
+            .collect();
+        parts.into_par_iter().for_each(|(group, rows)| {
             let changes = group.tenant.map(&site);
             if let Some(delta) = changes.and_then(|c| c.delta.as_ref()) {
-                let mut rows = y.rows(group.rows.clone());
+                let Ok(mut rows) = MatrixMut::new(rows, group.rows.len(), width) else {
+                    unreachable!("the rows were split off by their number")
+                };
                 delta.add_to(backend, x.rows(group.rows.clone()), &mut rows);
             }
             if let Some(bias) = changes.and_then(|c| c.bias.as_ref()).or(self.bias.as_ref()) {
-                group.rows.clone().for_each(|row| add_assign(y.row(row), bias));
+                rows.chunks_mut(width.max(1)).for_each(|row| add_assign(row, bias));
             }
-        }
+        });
     }
 }
