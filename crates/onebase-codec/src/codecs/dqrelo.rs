@@ -239,6 +239,33 @@ mod tests {
         assert_eq!(rank(at_two.options(), [0, 5]), 0);
     }
 
+    /// Section 3.3's accounting, with the singular values in the factors: one bit and a
+    /// scale of 32 bits, and 16 bits for each element of the factors.
+    #[test]
+    fn bytes_are_those_of_the_formula() {
+        let at_two = spec("bits=2");
+        for shape @ [m, n] in [[4096, 4096], [4096, 1024], [14336, 4096], [2048, 768], [96, 64]] {
+            let parts = at_two.parts(shape).unwrap();
+            let bits = 8 * parts.iter().map(PartSpec::size_bytes).sum::<usize>();
+            assert_eq!(
+                bits,
+                m * n + 32 + 16 * rank(at_two.options(), shape) * (m + n),
+                "{shape:?}"
+            );
+        }
+    }
+
+    /// What one bit leaves of a Gaussian: `1 − 2/π`.
+    #[test]
+    fn one_bit_leaves_the_gaussian_share() {
+        let shape @ [rows, cols] = [1000, 2000];
+        let data = gaussian(rows * cols);
+        let got = round_trip("bits=1", &data, shape);
+        let left = squares(data.iter().zip(&got).map(|(w, s)| w - s));
+        let share = left / squares(data.iter().copied());
+        assert!((share - (1.0 - 2.0 / std::f64::consts::PI)).abs() < 0.002, "{share}");
+    }
+
     /// `‖R‖² = ‖Δ‖² − n m α²`, a share of `1 − 2/π` for a Gaussian, and
     /// `‖Δ − Δ̂‖² = ‖R‖² − Σ σ(R)²` over the rank.
     #[test]
