@@ -72,7 +72,7 @@ pub(crate) struct CompressArgs {
     /// How norms and biases are stored: `exact`, or a codec
     #[arg(long, default_value = "exact", value_parser = vectors)]
     pub(crate) vectors: VectorPlan,
-    /// Choose the codec's `bits` so that the artifact is no larger: 2.1bpw (effective bits per
+    /// Choose the codec's size so that the artifact is no larger: 2.1bpw (effective bits per
     /// weight of the linear sites), 10% (of the fine-tune's bytes) or 200MB
     #[arg(long, value_name = "SIZE")]
     pub(crate) budget: Option<Budget>,
