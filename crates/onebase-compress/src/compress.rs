@@ -67,12 +67,13 @@ pub fn compress_part(
     if !pair.is_changed()? {
         return Err(Error::NoChange { path: pair.fine_tune.dir().to_owned() });
     }
+    let ours = pair.shard(job.shard)?;
     let sites = plan.sites.iter().map(|(site, codec)| (site.clone(), codec.to_string().into()));
     let run = Run {
         tool: TOOL.to_owned(),
         base: pair.base.name(),
         fine_tune: pair.fine_tune.name(),
-        inputs: pair.fingerprint()?,
+        inputs: pair.fingerprint(job.shard != Shard::WHOLE)?,
         options: Map::from_iter([
             ("linear".to_owned(), plan.linear.to_string().into()),
             ("embeddings".to_owned(), plan.tables.to_string().into()),
@@ -83,11 +84,9 @@ pub fn compress_part(
         shard: job.shard,
     };
     let mut writer = ArtifactWriter::open(target, &run, job.restart)?;
-    let done = put_all(pair, plan, job.shard, &mut writer, progress);
-    // A full disk, a share that went away, the wrong checkpoint given: what is done is
-    // worth keeping.
-    if let Err(Error::Format(onebase_format::Error::Io { .. }) | Error::InputChanged { .. }) = &done
-    {
+    let done = put_all(pair, plan, job.shard, ours, &mut writer, progress);
+    // What is done is worth keeping, but where the fine-tune can only be another one then.
+    if !matches!(done, Err(Error::NotFinite { .. })) {
         writer.keep();
     }
     done?;
@@ -111,10 +110,10 @@ fn put_all(
     pair: &Pair,
     plan: &Plan,
     shard: Shard,
+    ours: Vec<usize>,
     writer: &mut ArtifactWriter,
     progress: &dyn Progress,
 ) -> Result<()> {
-    let ours = pair.shard(shard)?;
     let size = |index: &usize| Ok(pair.fine_tune.tensor(&pair.specs[*index].name)?.size_bytes());
     let total: Result<Vec<usize>> = ours.iter().map(size).collect();
     let done: Vec<_> = writer.done().collect();

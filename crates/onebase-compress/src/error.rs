@@ -54,6 +54,14 @@ pub enum Error {
         /// The least size, in the unit of the budget.
         least: String,
     },
+    /// There are more shards than tensors.
+    #[error("{count} shards, expected at most {n_tensors}: one for each tensor")]
+    TooManyShards {
+        /// Shards that were asked for.
+        count: usize,
+        /// Tensors of the fine-tune.
+        n_tensors: usize,
+    },
     /// The size of a codec depends on the weights.
     #[error("the size of {codec} is known only after encoding, expected one that is known before")]
     UnknownSize {
@@ -99,6 +107,7 @@ impl Error {
                 "raise the budget, or choose a codec that goes lower; `onebase codecs` lists them"
                     .into(),
             ),
+            Error::TooManyShards { .. } => Some("take fewer, for example one a machine".into()),
             Error::UnknownSize { .. } => {
                 Some("choose its size by its own options instead of a budget".into())
             }

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use onebase_codec::DeltaSource;
-use onebase_format::artifact::Shard;
+use onebase_format::artifact::{Shard, digest_of_tensors};
 use onebase_format::{CONFIG_FILE, Checkpoint, Digest, SIDE_FILES, Tensor};
 use onebase_model::{ModelConfig, TensorSpec, check_tensors, tensor_specs};
 
@@ -78,6 +78,10 @@ impl Pair {
     /// Positions of the tensors of a shard, ascending: shards are about as large as
     /// each other, the largest tensors handed out first.
     pub(crate) fn shard(&self, shard: Shard) -> Result<Vec<usize>> {
+        if shard.count > self.specs.len() {
+            let (count, n_tensors) = (shard.count, self.specs.len());
+            return Err(Error::TooManyShards { count, n_tensors });
+        }
         let mut sizes = Vec::new();
         for (index, spec) in self.specs.iter().enumerate() {
             sizes.push((self.fine_tune.tensor(&spec.name)?.size_bytes(), index));
@@ -98,9 +102,10 @@ impl Pair {
         Ok(ours)
     }
 
-    /// A digest of what the files are and of samples of every tensor: that tells these
-    /// checkpoints from others without reading them.
-    pub(crate) fn fingerprint(&self) -> Result<Digest> {
+    /// A digest of the files beside the weights and of samples of every tensor, which tells
+    /// these checkpoints from others without reading them; or, `whole`, of every tensor:
+    /// shards are compared by nothing else.
+    pub(crate) fn fingerprint(&self, whole: bool) -> Result<Digest> {
         const SAMPLES: usize = 8;
         const SAMPLE_BYTES: usize = 64;
         let mut seen = Vec::new();
@@ -108,6 +113,13 @@ impl Pair {
             for name in SIDE_FILES.into_iter().chain([CONFIG_FILE]) {
                 let file = checkpoint.side_file(name)?.map(|bytes| Digest::of(&bytes));
                 seen.extend_from_slice(format!("{name} {file:?}\n").as_bytes());
+            }
+            if whole {
+                let names: Vec<&str> = self.specs.iter().map(|spec| spec.name.as_str()).collect();
+                let digests = checkpoint.digests(&names)?;
+                let digest = digest_of_tensors(names.into_iter().zip(digests));
+                seen.extend_from_slice(digest.to_string().as_bytes());
+                continue;
             }
             for spec in &self.specs {
                 let tensor = checkpoint.tensor(&spec.name)?;

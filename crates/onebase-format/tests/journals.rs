@@ -148,6 +148,52 @@ fn shards_are_joined_in_any_order_and_more_than_once() {
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2, "nothing else is left");
 }
 
+/// Joining reads shards and never writes them: one that is damaged is named and stays as
+/// it is.
+#[test]
+fn a_damaged_shard_is_named_and_not_cut() {
+    let dir = tempdir().unwrap();
+    let target = dir.path().join("a");
+    shard(&target, 1, 2);
+    shard(&target, 2, 2);
+    let damaged = dir.path().join("a.shards/1-of-2");
+    let mut bytes = std::fs::read(damaged.join("parts.bin")).unwrap();
+    bytes[3] ^= 1;
+    std::fs::write(damaged.join("parts.bin"), bytes).unwrap();
+    let before = contents(&damaged);
+    let error = join(&target, card).unwrap_err();
+    assert!(matches!(error, Error::FileDigest { .. }), "{error:?}");
+    assert_eq!(contents(&damaged), before);
+    assert!(!target.exists());
+    // Done anew, it is joined.
+    shard(&target, 1, 2);
+    join(&target, card).unwrap();
+}
+
+/// A process that is killed while it removes what it has joined.
+#[test]
+fn what_is_left_of_joined_shards_is_known_for_that() {
+    let dir = tempdir().unwrap();
+    let target = dir.path().join("a");
+    shard(&target, 1, 2);
+    shard(&target, 2, 2);
+    join(&target, card).unwrap();
+    let manifest = std::fs::read(target.join("onebase.json")).unwrap();
+    let shards = dir.path().join("a.shards");
+    for left in [&["joined", "1-of-2/x"][..], &["joined"], &[]] {
+        for file in left {
+            let path = shards.join(file);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, Digest::of(&manifest).to_string()).unwrap();
+        }
+        if left.is_empty() {
+            std::fs::create_dir_all(&shards).unwrap();
+        }
+        join(&target, card).unwrap();
+    }
+    assert!(target.exists());
+}
+
 #[test]
 fn shards_that_do_not_belong_together_are_refused() {
     let dir = tempdir().unwrap();
@@ -182,4 +228,33 @@ fn shards_that_do_not_belong_together_are_refused() {
     assert!(matches!(error, Error::UnfinishedShard { index: 2, count: 2, .. }), "{error:?}");
     assert!(error.hint().unwrap().contains("--shard 2/2"));
     assert!(!target.exists());
+}
+
+/// Lines that this program does not write are not believed: what they name is done anew, and
+/// nothing is written outside the folder.
+#[test]
+fn lines_that_cannot_be_its_own_are_done_anew() {
+    let dir = tempdir().unwrap();
+    for (i, (from, to)) in [
+        ("\"config.json\"", "\"../escaped\""),
+        ("\"bytes\":24,", "\"bytes\":18446744073709551615,"),
+        ("\"shape\":[3,4]", "\"shape\":[3,4611686018427387904]"),
+        ("\"offset\":0", "\"offset\":18446744073709551615"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let target = dir.path().join(i.to_string());
+        let journal = interrupted(&target, 4).join("journal.jsonl");
+        let text = std::fs::read_to_string(&journal).unwrap();
+        assert!(text.contains(from), "{from} in {text}");
+        std::fs::write(&journal, text.replacen(from, to, 1)).unwrap();
+        let mut writer = open(&target);
+        let n_done = writer.done().count();
+        put_artifact(&mut writer, |index| index >= n_done, true);
+        writer.finish(card).unwrap();
+        artifact(&dir.path().join(format!("whole{i}")));
+        assert_eq!(contents(&target), contents(&dir.path().join(format!("whole{i}"))), "{from}");
+    }
+    assert!(!dir.path().join("escaped").exists());
 }

@@ -88,7 +88,7 @@ pub(crate) struct CompressArgs {
     pub(crate) restart: bool,
     /// A plain text: a factor for each linear site is fitted so that the logits on it are the
     /// fine-tune's (BitDelta's scale distillation). A run that is killed begins anew then
-    #[arg(long, value_name = "TEXT", conflicts_with_all = ["budget", "shard", "restart"])]
+    #[arg(long, value_name = "TEXT", conflicts_with_all = ["budget", "shard"])]
     pub(crate) distill: Option<PathBuf>,
     /// Tokens of that text to use, the first ones; a quarter of them judges the fit
     #[arg(long, value_name = "N", default_value = "4096", value_parser = positive,

@@ -88,6 +88,17 @@ fn killed_run(place: &Place, fine_tune: &Path) {
     kill(child);
 }
 
+/// Changes a weight that no sample of its tensor shows.
+fn alter(fine_tune: &Path) {
+    let weights = fine_tune.join("model.safetensors");
+    let mut bytes = std::fs::read(&weights).unwrap();
+    let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let names: Value = serde_json::from_slice(&bytes[8..8 + header]).unwrap();
+    let first = names["model.embed_tokens.weight"]["data_offsets"][0].as_u64().unwrap() as usize;
+    bytes[8 + header + first + 1000] ^= 1;
+    std::fs::write(&weights, bytes).unwrap();
+}
+
 #[test]
 fn what_another_run_has_left_is_refused() {
     let place = Place::new();
@@ -100,14 +111,7 @@ fn what_another_run_has_left_is_refused() {
     let other = onebase(compress_args(&demo("chat"), SLOW, &out)).exits(1);
     other.says(&[WORK, "belongs to another run", "hint:", "--restart"]);
 
-    // A weight that no sample of the tensor shows has changed.
-    let weights = fine_tune.join("model.safetensors");
-    let mut bytes = std::fs::read(&weights).unwrap();
-    let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
-    let names: Value = serde_json::from_slice(&bytes[8..8 + header]).unwrap();
-    let first = names["model.embed_tokens.weight"]["data_offsets"][0].as_u64().unwrap() as usize;
-    bytes[8 + header + first + 1000] ^= 1;
-    std::fs::write(&weights, bytes).unwrap();
+    alter(&fine_tune);
     let changed = onebase(compress_args(&fine_tune, SLOW, &out)).exits(1);
     changed.says(&["model.embed_tokens.weight has changed since the run began", "--restart"]);
     assert!(place.path(WORK).exists(), "what is done is kept");
@@ -145,6 +149,19 @@ fn shards_make_the_same_artifact() {
         assert!(contents(&place.path("out")) == contents(&place.path("undisturbed")));
     }
     assert_eq!(place.names(), ["out", "undisturbed"]);
+    std::fs::remove_dir_all(place.path("out")).unwrap();
+
+    // Of a fine-tune that changed between two shards there is no artifact.
+    copy(&demo("math"), &place.path("math"));
+    alter(&place.path("math"));
+    shard("1/2", "sign").exits(0);
+    let mut args = compress_args(&place.path("math"), "sign", &place.path("out"));
+    args.extend(["--shard", "2/2"].map(str::to_owned));
+    onebase(args).exits(0);
+    finalize().exits(1).says(&["2-of-2: belongs to another run: inputs is"]);
+    assert!(!place.path("out").exists());
+    std::fs::remove_dir_all(place.path("out.shards")).unwrap();
+    shard("1/1000000000000", "dqrelo").exits(1).says(&["expected at most 56", "hint:"]);
     for bad in ["0/3", "4/3", "1", "a/b", "1/0"] {
         shard(bad, "dqrelo").exits(2).says(&["expected I/N"]);
     }

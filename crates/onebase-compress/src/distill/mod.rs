@@ -67,8 +67,7 @@ pub struct DistillText<'a> {
     pub record: CalibrationRecord,
 }
 
-/// A writer of what will be fitted. It is written in one go, after the fit: what an earlier
-/// process has left of the same is not gone on with.
+/// A writer of what will be fitted. It is written in one go, after the fit.
 fn open_writer(
     target: &Path,
     artifact: &Artifact,
@@ -88,17 +87,13 @@ fn open_writer(
         n_tensors,
         shard: Shard::WHOLE,
     };
-    let writer = ArtifactWriter::open(target, &run, false)?;
-    if writer.done().next().is_none() {
-        return Ok(writer);
-    }
-    drop(writer);
-    Ok(ArtifactWriter::open(target, &run, false)?)
+    Ok(ArtifactWriter::open(target, &run, true)?)
 }
 
 /// Multiplies the delta of each linear site of an artifact by a factor of its own, such
 /// that the logits are near the fine-tune's on a text, and writes the result as the
-/// artifact `target`, which must not exist.
+/// artifact `target`, which must not exist; what an interrupted process has left beside it
+/// is thrown away.
 ///
 /// This is the scale distillation of J. Liu et al., "BitDelta: Your Fine-Tune May Only Be
 /// Worth One Bit", NeurIPS 2024 (section 3): the least mean of `‖Z_fine − Z(α)‖²` over the

@@ -1,5 +1,5 @@
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -7,7 +7,9 @@ use serde_json::{Map, Value};
 
 use super::CalibrationRecord;
 use super::layout::StoredTensor;
+use super::manifest::Storage;
 use crate::atomic::Lock;
+use crate::checkpoint::plain_name;
 use crate::error::Error;
 use crate::{Digest, Result};
 
@@ -107,6 +109,22 @@ pub(super) struct DoneTensor {
     pub(super) span: Span,
 }
 
+impl DoneTensor {
+    fn is_sound(&self) -> bool {
+        let StoredTensor { name, record, codec, entries, .. } = &self.tensor;
+        let names = entries.iter().map(|entry| &entry.name);
+        if !names.eq(&record.stored_names(name)) {
+            return false;
+        }
+        let sizes = entries.iter().map(|entry| {
+            let dims = entry.shape.iter().map(|n| *n as u64);
+            dims.fold(entry.dtype.size_bytes() as u64, u64::saturating_mul)
+        });
+        let is_delta = matches!(record.storage, Storage::Codec { .. });
+        sizes.fold(0, u64::saturating_add) == self.span.bytes && is_delta == codec.is_some()
+    }
+}
+
 /// A line of a journal.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -129,6 +147,18 @@ pub(super) enum Entry {
 }
 
 impl Entry {
+    /// Whether it can have been written by this program: what a later step relies on.
+    fn is_sound(&self) -> bool {
+        let ends = self.span().is_none_or(|s| s.offset.checked_add(s.bytes).is_some());
+        ends && match self {
+            Entry::Tensor(done) => done.is_sound(),
+            Entry::File { name, .. } | Entry::Inherited { name, .. } => {
+                plain_name(Path::new(JOURNAL_FILE), name).is_ok()
+            }
+            Entry::Distillation(_) | Entry::End => true,
+        }
+    }
+
     fn span(&self) -> Option<Span> {
         match self {
             Entry::Tensor(done) => Some(done.span),
@@ -158,7 +188,7 @@ impl Journal {
     pub(super) fn open(dir: &Path, run: &Run) -> Result<Self> {
         std::fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
         let lock = Lock::take(dir, dir)?;
-        let read = Self::read_lines(dir)?;
+        let read = Self::read_lines(dir, true)?;
         if let Some((got, ..)) = &read {
             run.check_same(got, dir)?;
             if got.shard != run.shard {
@@ -173,15 +203,22 @@ impl Journal {
         Self::go_on(dir, lock, run, read)
     }
 
-    /// The journal in a folder, to be read.
+    /// The journal in a folder, to be read; it stays as it is.
     pub(super) fn read(dir: &Path) -> Result<Self> {
         let lock = Lock::take(dir, dir)?;
-        match Self::read_lines(dir)? {
-            Some(read) => Self::go_on(dir, lock, &read.0.clone(), Some(read)),
-            None => {
-                Err(Error::NotA { path: dir.to_owned(), expected: "shard", missing: JOURNAL_FILE })
-            }
-        }
+        let Some((run, entries, _)) = Self::read_lines(dir, false)? else {
+            return Err(Error::NotA {
+                path: dir.to_owned(),
+                expected: "shard",
+                missing: JOURNAL_FILE,
+            });
+        };
+        let open = |name: &str| {
+            let path = dir.join(name);
+            File::open(&path).map_err(Error::io("open", &path))
+        };
+        let (lines, data) = (open(JOURNAL_FILE)?, open(DATA_FILE)?);
+        Ok(Self { dir: dir.to_owned(), lock, run, entries, lines, data, end: 0 })
     }
 
     fn go_on(
@@ -219,11 +256,14 @@ impl Journal {
     /// The run of a journal, its entries and the length of their lines; `None` where
     /// none was begun. Ends before the first line that is not whole or whose bytes are
     /// not there: a process may end, or a machine lose its power, at any moment.
-    fn read_lines(dir: &Path) -> Result<Option<(Run, Vec<Entry>, u64)>> {
+    ///
+    /// Unless they may be done anew, bytes that changed are an error, and so is in any case
+    /// a file that cannot be read.
+    fn read_lines(dir: &Path, anew: bool) -> Result<Option<(Run, Vec<Entry>, u64)>> {
         let path = dir.join(JOURNAL_FILE);
         let file = match File::open(&path) {
             Ok(file) => file,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(Error::io("open", &path)(e)),
         };
         let mut reader = BufReader::new(file);
@@ -252,14 +292,26 @@ impl Journal {
             .map_err(|source| Error::Json { path: path.clone(), source })?;
         let mut bytes = line.len() as u64;
         let mut entries: Vec<Entry> = Vec::new();
-        let mut data = Data::open(dir).ok();
+        let mut data = match Data::open(dir) {
+            Ok(data) => Some(data),
+            Err(Error::Io { source, .. }) if source.kind() == ErrorKind::NotFound => None,
+            Err(error) => return Err(error),
+        };
         while next(&mut line)? {
             let Ok(entry) = serde_json::from_slice::<Entry>(&line) else { break };
-            let there = entry.span().is_none_or(|span| {
-                data.as_mut().is_some_and(|data| data.copy(span, |_| Ok(())).is_ok())
-            });
-            if !there {
+            if !entry.is_sound() {
                 break;
+            }
+            if let Some(span) = entry.span() {
+                let Some(data) = &mut data else { break };
+                match data.copy(span, |_| Ok(())) {
+                    Ok(()) => {}
+                    Err(Error::Io { source, .. }) if source.kind() == ErrorKind::UnexpectedEof => {
+                        break;
+                    }
+                    Err(Error::FileDigest { .. }) if anew => break,
+                    Err(error) => return Err(error),
+                }
             }
             bytes += line.len() as u64;
             entries.push(entry);

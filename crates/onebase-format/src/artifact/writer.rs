@@ -1,3 +1,4 @@
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
@@ -81,6 +82,14 @@ impl ArtifactWriter {
             other => other,
         })?;
         Ok(Self { target: target.to_owned(), journal: Some(journal), keep: false })
+    }
+
+    /// Whether an interrupted process has left something of the whole artifact.
+    ///
+    /// # Errors
+    /// When the path has no name.
+    pub fn is_begun(target: &Path) -> Result<bool> {
+        Ok(work_folder(target, Shard::WHOLE)?.exists())
     }
 
     /// What earlier processes have done, in the order in which they did it.
@@ -219,9 +228,9 @@ impl ArtifactWriter {
         }
         let dir = journal.dir().to_owned();
         let written = assemble(&target, &dir, std::slice::from_ref(journal), model_card)?;
-        if let Some(journal) = self.journal.take() {
-            journal.remove()?;
-        }
+        self.journal = None;
+        // The artifact is there: what cannot be removed harms nothing.
+        let _ = remove_work(&dir);
         Ok(written)
     }
 
@@ -235,7 +244,8 @@ impl ArtifactWriter {
 
 impl Drop for ArtifactWriter {
     fn drop(&mut self) {
-        if let Some(journal) = self.journal.take().filter(|_| !self.keep) {
+        let keep = self.keep || std::thread::panicking();
+        if let Some(journal) = self.journal.take().filter(|_| !keep) {
             // The error that led here is the one to report.
             let _ = journal.remove();
         }
@@ -255,7 +265,9 @@ pub fn join(
 ) -> Result<(Manifest, Sizes)> {
     let dir = shards_folder(target)?;
     if target.symlink_metadata().is_ok() {
-        if dir.exists() && !remove_if_joined(target, &dir)? {
+        // An empty folder is what is left of one that was removed.
+        let is_left = std::fs::read_dir(&dir).is_ok_and(|mut entries| entries.next().is_some());
+        if is_left && !remove_if_joined(target, &dir)? {
             return Err(Error::Exists { path: target.to_owned() });
         }
         let artifact = Artifact::open(target)?;
@@ -278,7 +290,7 @@ pub fn join(
     let Some(first) = journals.first() else {
         return Err(Error::NotA { path: dir, expected: "folder of shards", missing: "1-of-N" });
     };
-    let count = first.run().shard.count;
+    let count = first.run().shard.count.max(1);
     journals.sort_by_key(|journal| journal.run().shard);
     for index in 1..=count {
         let path = || dir.join(shard_name(Shard { index, count }));
@@ -300,7 +312,9 @@ pub fn join(
         }
     }
     let written = assemble(target, &dir, &journals, model_card)?;
-    std::fs::remove_dir_all(&dir).map_err(Error::io("remove", &dir))?;
+    drop(journals);
+    // The artifact is there: what cannot be removed harms nothing.
+    let _ = remove_work(&dir);
     Ok(written)
 }
 
@@ -325,7 +339,8 @@ fn assemble(
     }
     tensors.sort_by_key(|(done, _)| done.tensor.index);
     let in_place = tensors.iter().enumerate().all(|(i, (done, _))| done.tensor.index == i);
-    if tensors.len() != run.n_tensors || !in_place {
+    let names: BTreeSet<&str> = tensors.iter().map(|(done, _)| done.tensor.name.as_str()).collect();
+    if names.len() != run.n_tensors || tensors.len() != run.n_tensors || !in_place {
         return Err(Error::OtherRun {
             path: work.to_owned(),
             what: "number of tensors".to_owned(),
@@ -369,6 +384,8 @@ fn assemble(
     let (card, sizes) = settle_card(&manifest, json.len(), |sizes| model_card(&manifest, sizes));
     folder.write(MODEL_CARD_FILE, card.as_bytes())?;
     folder.write(MANIFEST_FILE, json.as_bytes())?;
+    // What a reader would refuse gets no name.
+    Artifact::open(&folder.path(""))?;
     write_file(&work.join(JOINED_FILE), Digest::of(json.as_bytes()).to_string().as_bytes())?;
     folder.commit()?;
     Ok((manifest, sizes))
@@ -385,8 +402,26 @@ fn remove_if_joined(target: &Path, work: &Path) -> Result<bool> {
     if joined != Digest::of(&manifest).to_string().as_bytes() {
         return Ok(false);
     }
-    std::fs::remove_dir_all(work).map_err(Error::io("remove", work))?;
+    remove_work(work)?;
     Ok(true)
+}
+
+/// Removes what an artifact was made from, last the file that says so: a process that is
+/// killed meanwhile leaves what the next one knows for what it is.
+fn remove_work(work: &Path) -> Result<()> {
+    let joined = work.join(JOINED_FILE);
+    for entry in std::fs::read_dir(work).map_err(Error::io("read", work))? {
+        let path = entry.map_err(Error::io("read", work))?.path();
+        let removed = if path.is_dir() {
+            std::fs::remove_dir_all(&path)
+        } else if path == joined {
+            continue;
+        } else {
+            std::fs::remove_file(&path)
+        };
+        removed.map_err(Error::io("remove", &path))?;
+    }
+    std::fs::remove_dir_all(work).map_err(Error::io("remove", work))
 }
 
 /// Where a run keeps what it has done.

@@ -9,7 +9,9 @@ use onebase_compress::{
 };
 use onebase_eval::{TextFile, Watcher as _};
 use onebase_format::Checkpoint;
-use onebase_format::artifact::{Artifact, CalibrationRecord, Manifest, Shard, Sizes};
+use onebase_format::artifact::{
+    Artifact, ArtifactWriter, CalibrationRecord, Manifest, Shard, Sizes,
+};
 use onebase_model::{Model, TextModel};
 use serde_json::json;
 
@@ -36,6 +38,13 @@ fn distilled(
     plan.linear.rescalable()?;
     if args.out.symlink_metadata().is_ok() {
         return Err(onebase_format::Error::Exists { path: args.out.clone() }.into());
+    }
+    if !args.restart && ArtifactWriter::is_begun(&args.out)? {
+        bail!(
+            "an interrupted run has left work beside {}; finish it without --distill, or throw it \
+             away with --restart",
+            args.out.display()
+        );
     }
     let text = TextFile::read(text)?;
     let mut tokens =
@@ -109,12 +118,13 @@ pub(crate) fn run(args: &CompressArgs, output: &Output) -> anyhow::Result<()> {
         None => plan,
     };
     let expected = expected_memory(&pair, &plan, rayon::current_num_threads())?;
-    Output::note(&format!(
-        "{}: takes at most {} of memory, for {}",
-        plan.linear.short(),
-        bytes(expected.bytes),
-        expected.tensor
-    ));
+    // Fitting scales runs both models, which that does not count.
+    let said = args.distill.is_none().then_some(expected.bytes);
+    if let Some(said) = said {
+        let codec = plan.linear.short();
+        let most = bytes(said);
+        Output::note(&format!("{codec}: takes at most {most} of memory, for {}", expected.tensor));
+    }
     let shard = args.shard.unwrap_or(Shard::WHOLE);
     let written = if let Some(text) = &args.distill {
         Some(distilled(args, text, &pair, &plan)?)
@@ -128,7 +138,7 @@ pub(crate) fn run(args: &CompressArgs, output: &Output) -> anyhow::Result<()> {
     let cost = Cost {
         seconds: start.elapsed().as_secs_f64(),
         read_bytes: pair.base().size_bytes() + pair.fine_tune().size_bytes(),
-        expected_memory_bytes: expected.bytes,
+        expected_memory_bytes: said,
     };
     match written {
         Some(written) => say_artifact(args, &pair, &written, &cost, output),
@@ -141,7 +151,8 @@ struct Cost {
     seconds: f64,
     /// Of both checkpoints, as if read once.
     read_bytes: u64,
-    expected_memory_bytes: u64,
+    /// Where it is known.
+    expected_memory_bytes: Option<u64>,
 }
 
 /// An artifact that was written.
