@@ -82,7 +82,7 @@ impl Budget {
 /// The codec at the sizes of the ladder, ascending.
 #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)]
 fn candidates(codec: &CodecSpec) -> Result<Vec<CodecSpec>> {
-    let refused = || Error::UnknownSize { codec: codec.to_string() };
+    let refused = || Error::OneSize { codec: codec.to_string() };
     let option = codec.bits_option().ok_or_else(refused)?;
     let mut values: Vec<Value> = Vec::new();
     for factor in LADDER {

@@ -1,8 +1,9 @@
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use onebase_codec::CodecSpec;
 use onebase_format::artifact::{
-    ArtifactWriter, CodecRecord, Manifest, Origin, Run, Shard, Sizes, StoredTensor,
+    ArtifactWriter, CodecRecord, Done, Manifest, Origin, Run, Shard, Sizes, StoredTensor,
 };
 use onebase_format::{CONFIG_FILE, SIDE_FILES, Tensor};
 use onebase_model::TensorSpec;
@@ -116,7 +117,7 @@ fn put_all(
 ) -> Result<()> {
     let size = |index: &usize| Ok(pair.fine_tune.tensor(&pair.specs[*index].name)?.size_bytes());
     let total: Result<Vec<usize>> = ours.iter().map(size).collect();
-    let done: Vec<_> = writer.done().collect();
+    let done: BTreeMap<usize, Done> = writer.done().map(|done| (done.index, done)).collect();
     progress.begin(total?.into_iter().map(|bytes| bytes as u64).sum());
     if !done.is_empty() {
         progress.resumed(done.len());
@@ -125,7 +126,7 @@ fn put_all(
         let spec = &pair.specs[index];
         let base = pair.base.tensor(&spec.name)?;
         let fine_tune = pair.fine_tune.tensor(&spec.name)?;
-        if let Some(done) = done.iter().find(|done| done.index == index) {
+        if let Some(done) = done.get(&index) {
             progress.tensor(&format!("checking {}", spec.name));
             for (tensor, expected) in [(&base, done.base), (&fine_tune, done.fine_tune)] {
                 let got = tensor.digest()?;

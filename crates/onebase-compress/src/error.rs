@@ -54,6 +54,12 @@ pub enum Error {
         /// The least size, in the unit of the budget.
         least: String,
     },
+    /// A codec cannot choose how many bits a weight takes.
+    #[error("{codec} has no option `bits`, by which sites could have sizes of their own")]
+    OneSize {
+        /// The codec.
+        codec: String,
+    },
     /// There are more shards than tensors.
     #[error("{count} shards, expected at most {n_tensors}: one for each tensor")]
     TooManyShards {
@@ -105,6 +111,10 @@ impl Error {
             }
             Error::OverBudget { .. } => Some(
                 "raise the budget, or choose a codec that goes lower; `onebase codecs` lists them"
+                    .into(),
+            ),
+            Error::OneSize { .. } => Some(
+                "leave out --allocate, or choose a codec that has; `onebase codecs` lists them"
                     .into(),
             ),
             Error::TooManyShards { .. } => Some("take fewer, for example one a machine".into()),

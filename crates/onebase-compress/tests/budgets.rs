@@ -134,7 +134,8 @@ fn an_allocated_budget_is_kept_and_gains() {
         sites: BTreeMap::new(),
     };
     let error = budget.allocate(&pair, &dense, &Silent).unwrap_err();
-    assert!(matches!(error, Error::UnknownSize { .. }), "{error:?}");
+    assert!(matches!(error, Error::OneSize { .. }), "{error:?}");
+    assert!(error.hint().unwrap().contains("--allocate"));
 }
 
 /// The sum over the linear sites of the squared error over the squared norm of the base.

@@ -118,8 +118,10 @@ pub(crate) fn run(args: &CompressArgs, output: &Output) -> anyhow::Result<()> {
         None => plan,
     };
     let expected = expected_memory(&pair, &plan, rayon::current_num_threads())?;
-    // Fitting scales runs both models, which that does not count.
-    let said = args.distill.is_none().then_some(expected.bytes);
+    // Fitting scales runs both models, and allocating encodes at larger sizes than the
+    // plan's: neither is counted there.
+    let is_counted = args.distill.is_none() && !args.allocate;
+    let said = is_counted.then_some(expected.bytes);
     if let Some(said) = said {
         let codec = plan.linear.short();
         let most = bytes(said);
