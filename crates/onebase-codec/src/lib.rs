@@ -5,6 +5,7 @@
 //! `codecs/` and name it in the list of `codecs/mod.rs`; the program's options,
 //! the documentation and the conformance suite read that list.
 
+mod calibrated;
 mod codec;
 mod codecs;
 mod coded_factors;
@@ -19,8 +20,9 @@ mod source;
 mod spec;
 mod svd_options;
 
+pub use calibrated::{Calibrated, SecondMoment};
 pub use codec::{Codec, DeltaLinear};
-pub use codecs::{CODECS, RESCALABLE};
+pub use codecs::{CALIBRATED, CODECS, RESCALABLE};
 pub use error::Error;
 pub use options::{Kind, OptionSpec, Options};
 pub use rescale::Rescale;

@@ -22,3 +22,6 @@ codecs! {
 
 /// The codecs whose deltas can be multiplied by a number in their parts.
 pub static RESCALABLE: &[&dyn crate::Rescale] = &[&rtn::Rtn, &sign::Sign, &dqrelo::Dqrelo];
+
+/// The codecs that can weigh errors by the inputs of a site.
+pub static CALIBRATED: &[&dyn crate::Calibrated] = &[];
