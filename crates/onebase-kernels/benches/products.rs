@@ -8,8 +8,8 @@
 use std::hint::black_box;
 use std::time::Instant;
 
-use half::bf16;
-use onebase_kernels::{Backend, LowBit, Sign, plane_bytes};
+use half::{bf16, f16};
+use onebase_kernels::{Affine, Backend, LowBit, Sign, plane_bytes};
 use onebase_tensor::{MatrixMut, MatrixRef, WeightRef};
 use rayon::prelude::*;
 
@@ -66,6 +66,8 @@ fn products(backend: Backend, rows: usize, cols: usize, batch: usize, bandwidth:
     let scale = vec![0.01f32; rows];
     let codes = vec![0x5au8; rows * 4 * plane_bytes(cols)];
     let group_scale = vec![bf16::from_f32(0.01); rows * cols.div_ceil(128)];
+    let affine_scale = vec![f16::from_f32(0.01); group_scale.len()];
+    let zero = vec![7u8; group_scale.len()];
     let x = vec![0.5f32; batch * cols];
     let x = MatrixRef::new(&x, batch, cols).expect("shape");
     let mut y = vec![0.0f32; batch * rows];
@@ -100,5 +102,16 @@ fn products(backend: Backend, rows: usize, cols: usize, batch: usize, bandwidth:
             in_features: cols,
         };
         backend.add_low_bit(delta, x, y);
+    });
+    report("4 affine", codes.len(), &|_, y| {
+        let delta = Affine {
+            codes: &codes,
+            scale: &affine_scale,
+            zero: &zero,
+            bits: 4,
+            group_size: 128,
+            in_features: cols,
+        };
+        backend.add_affine(delta, x, y);
     });
 }

@@ -32,6 +32,6 @@ mod x86_64;
 pub use attention::Attention;
 pub use backend::{Backend, ENV_OVERRIDE, UnavailableBackend};
 pub use elementwise::{add_assign, rms_norm, silu_mul};
-pub use lowbit::{LowBit, MAX_BITS};
+pub use lowbit::{Affine, LowBit, MAX_BITS};
 pub use sign::Sign;
 pub use vector::{LANES, plane_bytes};

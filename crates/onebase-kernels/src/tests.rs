@@ -2,7 +2,7 @@ use half::{bf16, f16};
 use onebase_tensor::{MatrixMut, MatrixRef, WeightRef, stream};
 use rand::RngExt;
 
-use crate::{Attention, Backend, LowBit, Sign, naive, plane_bytes};
+use crate::{Affine, Attention, Backend, LowBit, Sign, naive, plane_bytes};
 
 /// Shapes around every tile and tail: (out_features, in_features).
 const SHAPES: [(usize, usize); 11] = [
@@ -36,6 +36,18 @@ fn eps(in_features: usize) -> f64 {
 /// and the vector backends against each other.
 fn check(
     weight: &[f32],
+    shape: (usize, usize),
+    extra_eps: f64,
+    product: impl Fn(Backend, MatrixRef<'_>, &mut MatrixMut<'_>),
+) {
+    check_terms(weight, weight, shape, extra_eps, product);
+}
+
+/// [`check`] of a kernel that adds up terms as large as those of the weights `terms`,
+/// which cancel to those of `weight`.
+fn check_terms(
+    weight: &[f32],
+    terms: &[f32],
     (out_features, in_features): (usize, usize),
     extra_eps: f64,
     product: impl Fn(Backend, MatrixRef<'_>, &mut MatrixMut<'_>),
@@ -44,7 +56,9 @@ fn check(
         let x = random("x", n_rows * in_features);
         let x = MatrixRef::new(&x, n_rows, in_features).unwrap();
         let w = MatrixRef::new(weight, out_features, in_features).unwrap();
-        let (want, mut magnitude) = naive::product(w, x);
+        let (want, _) = naive::product(w, x);
+        let terms = MatrixRef::new(terms, out_features, in_features).unwrap();
+        let (_, mut magnitude) = naive::product(terms, x);
         // The kernels add to what is there.
         let want: Vec<f64> = want.iter().map(|v| v + 1.0).collect();
         magnitude.iter_mut().for_each(|m| *m += 1.0);
@@ -164,6 +178,47 @@ fn low_bit_equals_the_oracle_for_every_width() {
                 check(&decoded, (out_features, in_features), slack, |b, x, y| {
                     b.add_low_bit(delta, x, y);
                 });
+            }
+        }
+    }
+}
+
+#[test]
+fn affine_equals_the_oracle_for_every_width() {
+    for (out_features, in_features) in SHAPES {
+        for bits in 1..=8usize {
+            for group_size in [16, 64, 1024] {
+                let mut rng = stream(7, "affine", 0);
+                let plane = plane_bytes(in_features);
+                let n_groups = in_features.div_ceil(group_size);
+                let mut codes = vec![0u8; out_features * bits * plane];
+                let scale: Vec<f16> = random("scale", out_features * n_groups)
+                    .into_iter()
+                    .map(f16::from_f32)
+                    .collect();
+                let mut zero = vec![0u8; scale.len()];
+                rng.fill(&mut zero[..]);
+                // Inside the grid as codecs have them, and anywhere.
+                zero.iter_mut().step_by(2).for_each(|z| *z >>= 8 - bits);
+                let (mut decoded, mut terms) = (Vec::new(), Vec::new());
+                for out in 0..out_features {
+                    for k in 0..in_features {
+                        let code = rng.random::<u8>() >> (8 - bits);
+                        for p in 0..bits {
+                            codes[(out * bits + p) * plane + k / 8] |= (code >> p & 1) << (k % 8);
+                        }
+                        let group = out * n_groups + k / group_size;
+                        let (scale, zero) = (scale[group].to_f32(), f32::from(zero[group]));
+                        let (code, half) =
+                            (f32::from(code), f32::from(u8::MAX >> (8 - bits)) / 2.0);
+                        decoded.push(scale * (code - zero));
+                        terms.push(scale * ((code - half).abs() + (half - zero).abs()));
+                    }
+                }
+                let (codes, scale, zero) = (&codes[..], &scale[..], &zero[..]);
+                let delta = Affine { codes, scale, zero, bits, group_size, in_features };
+                let (shape, slack) = ((out_features, in_features), eps(in_features));
+                check_terms(&decoded, &terms, shape, slack, |b, x, y| b.add_affine(delta, x, y));
             }
         }
     }
