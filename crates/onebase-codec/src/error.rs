@@ -78,6 +78,17 @@ pub enum Error {
         /// `[rows, columns]`.
         shape: [usize; 2],
     },
+    /// The second moment of inputs is not one, whatever is added to its diagonal.
+    #[error(
+        "the second moment of {n} inputs is not positive definite, even with {damping} times the \
+         mean of its diagonal added to it"
+    )]
+    NotPositiveDefinite {
+        /// Inputs.
+        n: usize,
+        /// The most damping that was tried, as a part of the mean.
+        damping: f64,
+    },
     /// A part is not what the codec wrote.
     #[error(transparent)]
     Part(#[from] PartError),
@@ -101,6 +112,9 @@ impl Error {
             }
             Error::NoConvergence { .. } => {
                 "choose a codec that decomposes no matrix, such as `rtn`".into()
+            }
+            Error::NotPositiveDefinite { .. } => {
+                "measure the inputs again: a second moment has no negative eigenvalues".into()
             }
             Error::Part(_) => {
                 "the artifact was altered after it was written; fetch it again".into()

@@ -1,12 +1,16 @@
-//! Dense linear algebra in f64, for encoders and for those who judge them.
+//! Dense linear algebra and rounding, for encoders and for those who judge them.
 
 mod eigen;
+mod gptq;
+mod hessian;
 mod memory;
 mod products;
 mod randomized;
 mod truncated;
 
 pub use eigen::{Eigen, symmetric_eigen, symmetric_eigenvalues};
+pub use gptq::{Grid, RangeGrid, Rounded, ScaleFormat, gptq, gptq_bytes, zero_loss};
+pub use hessian::{ColumnOrder, DAMPING, HessianFactor};
 pub use memory::truncated_svd_bytes;
 pub use products::{gram, product, product_transposed};
 pub use truncated::{SvdMethod, Truncated, gram_of_shorter_side, truncated_svd};
