@@ -241,6 +241,54 @@ fn quadratic(delta: &[f64], h: &[f64], n: usize) -> Vec<f64> {
     delta.chunks(n).map(of).collect()
 }
 
+/// `fixtures/make_gptq.py` says what is in the file. No value in it is near a tie.
+#[test]
+fn it_is_what_pytorch_computes() {
+    let bytes = std::fs::read("tests/golden-gptq/gptq.safetensors").unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let read = |name: &str| -> Vec<f32> {
+        let (floats, rest) = file.tensor(name).unwrap().data().as_chunks();
+        assert!(rest.is_empty());
+        floats.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
+    };
+    let (w, h) = (read("w"), read("h"));
+    let n = h.len().isqrt();
+    let names = file.names();
+    let cases: Vec<&str> = names.iter().filter_map(|name| name.strip_prefix("q.")).collect();
+    assert_eq!(cases.len(), 29);
+    for case in cases {
+        let (q, loss) = (read(&format!("q.{case}")), read(&format!("loss.{case}")));
+        let [bits, group, order, groups, symmetry] = case.split('.').collect::<Vec<_>>()[..] else {
+            panic!("{case}")
+        };
+        let order = match order {
+            "index" => ColumnOrder::Index,
+            "activation" => ColumnOrder::Activation,
+            _ => panic!("{case}"),
+        };
+        let factor = HessianFactor::new(&h, n, order, DAMPING).unwrap();
+        assert_eq!(factor.n_dead(), 3);
+        let got = if bits == "0" {
+            zero_loss(&w, &factor)
+        } else {
+            let group_size = if group == "0" { n } else { group.parse().unwrap() };
+            let (symmetric, static_groups) = (symmetry == "symmetric", groups == "static");
+            let bits = bits.parse().unwrap();
+            let grid =
+                Grid::Range(RangeGrid { symmetric, static_groups, ..range(bits, group_size) });
+            let got = gptq(&w, &factor, &grid);
+            // An eighth of a step of 8 bits is a hundred times as much.
+            let wide: Vec<f64> = q.iter().map(|q| f64::from(*q)).collect();
+            let off = distance(&grid.values(&got, &factor), &wide);
+            assert!(off < 2e-5, "{case}: {off}");
+            got.loss
+        };
+        for (got, want) in got.iter().zip(&loss) {
+            assert!((got / f64::from(*want) - 1.0).abs() < 1e-4, "{case}: {got} {want}");
+        }
+    }
+}
+
 #[test]
 fn the_loss_is_the_quadratic_form_of_the_errors() {
     let (n, n_rows) = (210, 40);
