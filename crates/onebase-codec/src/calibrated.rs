@@ -1,5 +1,8 @@
+use std::sync::{Arc, Mutex, PoisonError};
+
 use onebase_tensor::EncodedDelta;
 
+use crate::numerics::{ColumnOrder, HessianFactor};
 use crate::{CALIBRATED, Codec, CodecSpec, DeltaSource, Options, Result};
 
 /// The second moment `Σ x xᵀ` of the inputs of a site, up to a positive factor:
@@ -8,6 +11,9 @@ use crate::{CALIBRATED, Codec, CodecSpec, DeltaSource, Options, Result};
 pub struct SecondMoment {
     n: usize,
     values: Vec<f32>,
+    /// The last factor and what it was asked for with: sites that read the same inputs
+    /// follow each other.
+    factor: Mutex<Option<(ColumnOrder, f64, Arc<HessianFactor>)>>,
 }
 
 impl SecondMoment {
@@ -15,7 +21,11 @@ impl SecondMoment {
     /// is NaN or ∞.
     pub fn new(values: Vec<f32>, n: usize) -> Option<Self> {
         let finite = values.iter().all(|v| v.is_finite());
-        (Some(values.len()) == n.checked_mul(n) && finite).then_some(Self { n, values })
+        (Some(values.len()) == n.checked_mul(n) && finite).then_some(Self {
+            n,
+            values,
+            factor: Mutex::default(),
+        })
     }
 
     /// Input features.
@@ -26,6 +36,46 @@ impl SecondMoment {
     /// The elements, `[n, n]`.
     pub fn values(&self) -> &[f32] {
         &self.values
+    }
+
+    /// The mean of the diagonal; 0 where there are no inputs.
+    #[allow(clippy::cast_precision_loss)]
+    pub fn mean_diagonal(&self) -> f64 {
+        let diagonal = self.values.iter().step_by(self.n + 1);
+        diagonal.map(|x| f64::from(*x)).sum::<f64>() / self.n.max(1) as f64
+    }
+
+    /// [`HessianFactor::new`] of it; the last one is kept.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn factor(&self, order: ColumnOrder, damping: f64) -> Result<Arc<HessianFactor>> {
+        let mut last = self.factor.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((of_order, of_damping, factor)) = &*last
+            && *of_order == order
+            && of_damping.to_bits() == damping.to_bits()
+        {
+            return Ok(factor.clone());
+        }
+        // The old one goes first: two may not fit.
+        *last = None;
+        let factor = Arc::new(HessianFactor::new(&self.values, self.n, order, damping)?);
+        *last = Some((order, damping, factor.clone()));
+        Ok(factor)
+    }
+
+    /// The most bytes that a moment of `n` input features and its factor take together.
+    pub fn working_bytes(n: usize) -> usize {
+        n * n * size_of::<f32>() + HessianFactor::working_bytes(n)
+    }
+
+    /// The damping of the last factor where it had to be raised, because what was asked
+    /// for did not make it positive definite: asked for and taken, as parts of the mean
+    /// of the diagonal.
+    pub fn raised_damping(&self) -> Option<[f64; 2]> {
+        let last = self.factor.lock().unwrap_or_else(PoisonError::into_inner);
+        let (_, asked, factor) = last.as_ref()?;
+        (factor.damping() > *asked).then(|| [*asked, factor.damping()])
     }
 }
 

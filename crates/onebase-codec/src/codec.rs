@@ -31,6 +31,12 @@ pub trait Codec: Sync {
     /// encoded; `None` where they depend on the delta.
     fn parts(&self, options: &Options, shape: [usize; 2]) -> Option<Vec<PartSpec>>;
 
+    /// Parts that take at least as many bytes as those of any delta of this shape, names and
+    /// shapes as they are written included; `None` where nothing is known before.
+    fn most_parts(&self, options: &Options, shape: [usize; 2]) -> Option<Vec<PartSpec>> {
+        self.parts(options, shape)
+    }
+
     /// The most bytes that encoding a delta of this shape holds at a time, its parts
     /// included, beside the blocks that are being read.
     fn working_bytes(&self, options: &Options, shape: [usize; 2]) -> usize;

@@ -6,6 +6,7 @@
 //! the documentation and the conformance suite read that list.
 
 mod calibrated;
+mod calibration_options;
 mod codec;
 mod codecs;
 mod coded_factors;
@@ -18,7 +19,9 @@ mod rescale;
 mod signs;
 mod source;
 mod spec;
+mod stages;
 mod svd_options;
+mod svd_space;
 
 pub use calibrated::{Calibrated, SecondMoment};
 pub use codec::{Codec, DeltaLinear};
@@ -28,6 +31,7 @@ pub use options::{Kind, OptionSpec, Options};
 pub use rescale::Rescale;
 pub use source::{DeltaSource, for_each_block, read_finite, read_wide};
 pub use spec::CodecSpec;
+pub use stages::{Stage, stage_seconds};
 
 /// The result of this crate's operations.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -119,6 +119,25 @@ impl DeltaSource for Less<'_> {
     }
 }
 
+/// A delta times a number.
+pub(crate) struct Scaled<'a> {
+    pub(crate) delta: &'a dyn DeltaSource,
+    pub(crate) factor: f64,
+}
+
+impl DeltaSource for Scaled<'_> {
+    fn shape(&self) -> [usize; 2] {
+        self.delta.shape()
+    }
+
+    fn read_rows(&self, rows: Range<usize>, out: &mut [f32]) -> Result<()> {
+        self.delta.read_rows(rows, out)?;
+        #[allow(clippy::cast_possible_truncation)]
+        out.iter_mut().for_each(|w| *w = (f64::from(*w) * self.factor) as f32);
+        Ok(())
+    }
+}
+
 /// Takes off weights what `write` writes for them.
 pub(crate) fn take(weights: &mut [f32], write: impl FnOnce(&mut [f32])) {
     let mut taken = vec![0.0; weights.len()];

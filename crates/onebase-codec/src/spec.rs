@@ -89,6 +89,13 @@ impl CodecSpec {
         Some(parts)
     }
 
+    /// [`Codec::most_parts`] with these options, in the order of their names.
+    pub fn most_parts(&self, shape: [usize; 2]) -> Option<Vec<PartSpec>> {
+        let mut parts = self.codec.most_parts(&self.options, shape)?;
+        parts.sort_by_key(|part| part.name);
+        Some(parts)
+    }
+
     /// [`Codec::working_bytes`] with these options, and the blocks that are read by as
     /// many threads.
     pub fn working_bytes(&self, shape: [usize; 2], n_threads: usize) -> usize {

@@ -14,7 +14,7 @@ use expect_test::expect_file;
 use onebase_codec::{CODECS, CodecSpec, DeltaLinear, DeltaSource, Error, Kind, Result};
 use onebase_kernels::{Backend, naive};
 use onebase_tensor::{
-    DType, EncodedDelta, MatrixMut, MatrixRef, Part, PartData, effective_bits, stream,
+    DType, EncodedDelta, MatrixMut, MatrixRef, Part, PartData, PartSpec, effective_bits, stream,
 };
 use rand_distr::{Distribution, StandardNormal};
 use safetensors::tensor::TensorView;
@@ -257,6 +257,25 @@ fn parts_are_those_that_were_said() {
             let got = got.into_iter().map(|(n, p)| (n, p.dtype(), p.shape().to_vec()));
             let said = said.into_iter().map(|p| (p.name, p.dtype, p.shape));
             assert!(got.eq(said), "{spec} {shape:?}");
+        }
+    }
+}
+
+/// Of a codec whose sizes depend on the delta, all names are known and no more bytes are
+/// written than was said.
+#[test]
+fn parts_take_no_more_than_was_said() {
+    for spec in specs() {
+        for shape @ [rows, cols] in SHAPES.into_iter().chain([[64, 512], [512, 64]]) {
+            let Some(said) = spec.most_parts(shape) else { continue };
+            let delta = encode(&spec, &gaussian("w", rows * cols, 0.01), shape);
+            assert!(delta.parts.keys().eq(said.iter().map(|p| p.name)), "{spec} {shape:?}");
+            let most: usize = said.iter().map(PartSpec::size_bytes).sum();
+            assert!(delta.size_bytes() <= most, "{spec} {shape:?}");
+            let digits = |shape: &[usize]| shape.iter().map(|n| n.to_string().len()).sum::<usize>();
+            let of_delta: usize = delta.parts.values().map(|p| digits(p.shape())).sum();
+            let of_said: usize = said.iter().map(|p| digits(&p.shape)).sum();
+            assert!(delta.size_bytes() + of_delta <= most + of_said, "{spec} {shape:?}");
         }
     }
 }

@@ -107,7 +107,7 @@ fn candidates(codec: &CodecSpec) -> Result<Vec<CodecSpec>> {
 }
 
 fn bytes_of(codec: &CodecSpec, shape: [usize; 2]) -> Result<usize> {
-    let parts = codec.parts(shape);
+    let parts = codec.most_parts(shape);
     let parts = parts.ok_or_else(|| Error::UnknownSize { codec: codec.to_string() })?;
     Ok(parts.iter().map(PartSpec::size_bytes).sum())
 }

@@ -189,7 +189,8 @@ impl Known {
         })
     }
 
-    /// The sizes that the artifact will have, to the byte.
+    /// The sizes that the artifact will have, to the byte; of codecs whose sizes depend on
+    /// the deltas, at most.
     pub(crate) fn sizes(&self, pair: &Pair, plan: &Plan) -> Result<Sizes> {
         let mut tensors = Vec::new();
         for (index, spec) in pair.specs.iter().enumerate() {
@@ -208,7 +209,8 @@ impl Known {
                 _ if self.unchanged[index] => StoredTensor::unchanged(origin),
                 None => StoredTensor::exact(origin),
                 Some(codec) => {
-                    let Some(parts) = codec.parts(TensorDelta::new(base, fine_tune).shape()) else {
+                    let Some(parts) = codec.most_parts(TensorDelta::new(base, fine_tune).shape())
+                    else {
                         return Err(Error::UnknownSize { codec: codec.to_string() });
                     };
                     let n_added = fine_tune.shape()[0] - base.shape()[0];

@@ -30,7 +30,8 @@ fn fitted(pair: &Pair, budget: &str, codec: &str, tables: Option<&str>) -> Resul
 }
 
 /// Bytes on disk are predicted exactly: the least size is met, and less is not, but for the
-/// digits of the option in the manifest.
+/// digits of the option in the manifest. Of a codec whose sizes depend on the delta the most
+/// they can be is predicted.
 #[test]
 fn the_least_size_is_exact() {
     let base = Memory::fixture("qwen2_tied");
@@ -46,7 +47,13 @@ fn the_least_size_is_exact() {
         let n_bytes: u64 = least.strip_suffix('B').unwrap().parse().unwrap();
         let sizes = fitted(&pair, &least, codec.name(), None).unwrap();
         let range = n_bytes - 4..=n_bytes;
-        assert!(range.contains(&sizes.total_bytes), "{}: {least}", codec.name());
+        let is_exact = codec.name().parse::<CodecSpec>().unwrap().parts([2, 2]).is_some();
+        let met = if is_exact {
+            range.contains(&sizes.total_bytes)
+        } else {
+            sizes.total_bytes <= n_bytes
+        };
+        assert!(met, "{}: {least}", codec.name());
         let less = fitted(&pair, &format!("{}B", n_bytes - 5), codec.name(), None);
         assert!(matches!(less, Err(Error::OverBudget { .. })), "{}", codec.name());
     }
@@ -75,8 +82,8 @@ fn every_codec_stays_within_a_budget_and_uses_it() {
             };
             assert!(used <= 1.0, "{what}: {used}");
             // Ranks of matrices as small as these are coarse.
-            let continuous =
-                ["low-rank", "dqrelo", "dqrelo-plus", "magnitude"].contains(&codec.name());
+            let continuous = ["low-rank", "dqrelo", "dqrelo-plus", "magnitude", "deltamix"]
+                .contains(&codec.name());
             assert!(!continuous || used > 0.85, "{what}: {used}");
         }
     }

@@ -127,6 +127,14 @@ impl Thin {
         }
     }
 
+    /// Becomes `own · self + other · x`.
+    ///
+    /// Panics when `x` has another shape.
+    pub fn combine(&mut self, own: f32, x: &Self, other: f32) {
+        assert_eq!([self.n_rows, self.n_cols], [x.n_rows, x.n_cols], "shapes of thin matrices");
+        self.data.iter_mut().zip(&x.data).for_each(|(y, x)| *y = own * *y + other * x);
+    }
+
     fn group_len(&self) -> usize {
         GROUP * self.n_cols.next_multiple_of(LANES)
     }

@@ -242,6 +242,17 @@ impl Parts {
         }
     }
 
+    /// Takes an f16 part of exactly this shape with finite elements.
+    ///
+    /// # Errors
+    /// When it is missing, of another type or shape, or holds NaN or ∞.
+    pub fn take_f16(&mut self, name: &str, shape: &[usize]) -> Result<Vec<f16>, PartError> {
+        match self.take(name, DType::F16, shape)? {
+            PartData::F16(v) => finite(name, v.iter().map(|x| x.to_f32())).map(|()| v),
+            _ => unreachable!("the type was checked"),
+        }
+    }
+
     /// Takes a bf16 part of exactly this shape with finite elements.
     ///
     /// # Errors

@@ -18,10 +18,12 @@ codecs! {
     magnitude::Magnitude,
     dqrelo::Dqrelo,
     dqrelo_plus::DqreloPlus,
+    delta_come::DeltaCome,
+    deltamix::DeltaMix,
 }
 
 /// The codecs whose deltas can be multiplied by a number in their parts.
 pub static RESCALABLE: &[&dyn crate::Rescale] = &[&rtn::Rtn, &sign::Sign, &dqrelo::Dqrelo];
 
 /// The codecs that can weigh errors by the inputs of a site.
-pub static CALIBRATED: &[&dyn crate::Calibrated] = &[];
+pub static CALIBRATED: &[&dyn crate::Calibrated] = &[&delta_come::DeltaCome, &deltamix::DeltaMix];

@@ -118,8 +118,8 @@ pub enum Grid<'a> {
     /// Given levels, symmetric and without zero:
     /// `rows[r] · columns[c] · (2 · code − (2^bits − 1))`.
     Steps {
-        /// Bits of a code, 1 to 8.
-        bits: u32,
+        /// Bits of a code, 1 to 8, by column: `[C]`.
+        bits: &'a [u8],
         /// Half a step, by row: `[R]`, ≥ 0.
         rows: &'a [f32],
         /// A factor of it, by column: `[C]`, ≥ 0.
@@ -157,7 +157,7 @@ impl Grid<'_> {
                         range_value(code, rounded.scale[at], rounded.zero[at])
                     }
                     Grid::Steps { bits, rows, columns } => {
-                        rows[r] * columns[column] * odd(code, *bits)
+                        rows[r] * columns[column] * odd(code, u32::from(bits[column]))
                     }
                 };
             }
@@ -182,8 +182,9 @@ pub fn gptq(w: &[f32], factor: &HessianFactor, grid: &Grid<'_>) -> Rounded {
             grid.n_groups(n)
         }
         Grid::Steps { bits, rows, columns } => {
-            assert!((1..=8).contains(bits), "{bits} bits");
+            assert!(bits.iter().all(|bits| (1..=8).contains(bits)), "bits of {bits:?}");
             assert_eq!([rows.len(), columns.len()], [n_rows, n], "steps of rows and columns");
+            assert_eq!(bits.len(), n, "bits of columns");
             0
         }
     };
@@ -206,7 +207,7 @@ pub fn gptq(w: &[f32], factor: &HessianFactor, grid: &Grid<'_>) -> Rounded {
             .collect();
         tiles.into_par_iter().for_each(|tile| match grid {
             Grid::Range(grid) => tile.on_range(factor, grid),
-            Grid::Steps { bits, rows, columns } => tile.on_steps(factor, *bits, rows, columns),
+            Grid::Steps { bits, rows, columns } => tile.on_steps(factor, bits, rows, columns),
         });
     }
     out
@@ -259,9 +260,8 @@ struct Tile<'a> {
 }
 
 impl Tile<'_> {
-    fn on_steps(self, factor: &HessianFactor, bits: u32, rows: &[f32], columns: &[f32]) {
+    fn on_steps(self, factor: &HessianFactor, bits: &[u8], rows: &[f32], columns: &[f32]) {
         let n = factor.n();
-        let most = most_code(bits);
         let mut walk = Walk::new(self.w, factor);
         for span in spans(0..n, BLOCK) {
             walk.start(span.clone());
@@ -270,6 +270,8 @@ impl Tile<'_> {
                 self.loss[r] += lane.round(0..lane.len(), lane.len(), |j, value| {
                     let column = factor.column(first + j);
                     let step = rows[self.first + r] * columns[column];
+                    let bits = u32::from(bits[column]);
+                    let most = most_code(bits);
                     // Codes are as far apart as two steps; a tie goes up, as the sign of zero
                     // does. A step of 0 gives any code.
                     let code = ((value / step + most + 1.0) / 2.0).floor().clamp(0.0, most);

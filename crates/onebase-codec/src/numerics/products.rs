@@ -7,6 +7,8 @@ use faer::linalg::matmul::{matmul, triangular};
 use faer::linalg::triangular_inverse::invert_lower_triangular;
 use faer::{Accum, Mat, MatMut, MatRef, Par};
 
+use crate::{Error, Result};
+
 /// The product `a b` of row-major matrices `[m, k]` and `[k, n]`: `[m, n]`.
 ///
 /// Panics when a length is not the product of its shape.
@@ -21,6 +23,52 @@ pub fn product(a: &[f64], b: &[f64], [m, k, n]: [usize; 3]) -> Vec<f64> {
 pub fn product_transposed(a: &[f64], b: &[f64], [m, k, n]: [usize; 3]) -> Vec<f64> {
     let (a, b) = (MatRef::from_row_major_slice(a, m, k), MatRef::from_row_major_slice(b, n, k));
     multiply(a, b.transpose())
+}
+
+/// The product `aᵀ b` of row-major matrices `[n, k]` and `[n, m]`: `[k, m]`.
+///
+/// Panics when a length is not the product of its shape.
+pub(crate) fn product_of_columns(a: &[f64], b: &[f64], [n, k, m]: [usize; 3]) -> Vec<f64> {
+    let (a, b) = (MatRef::from_row_major_slice(a, n, k), MatRef::from_row_major_slice(b, n, m));
+    multiply(a.transpose(), b)
+}
+
+/// The inverse of a symmetric matrix `[n, n]` without negative eigenvalues, with `ridge`
+/// times the mean of its diagonal added to the diagonal, and more where that does not
+/// make it positive definite to rounding.
+///
+/// # Errors
+/// When an element is no finite number.
+pub(crate) fn solve_positive(a: &[f64], n: usize, ridge: f64) -> Result<Vec<f64>> {
+    const MOST: f64 = 1e3;
+    if let Some(at) = a.iter().position(|x| !x.is_finite()) {
+        #[allow(clippy::cast_possible_truncation)]
+        return Err(Error::NotFinite { row: at / n, column: at % n, got: a[at] as f32 });
+    }
+    #[allow(clippy::cast_precision_loss)]
+    let mean = a.iter().step_by(n + 1).sum::<f64>() / n.max(1) as f64;
+    if mean <= 0.0 {
+        // The least solution of all.
+        return Ok(vec![0.0; n * n]);
+    }
+    let mut ridge = ridge;
+    while ridge < MOST {
+        let mut damped = a.to_vec();
+        damped.iter_mut().step_by(n + 1).for_each(|x| *x += ridge * mean);
+        if let Some((inverse, _)) = inverse_of_cholesky(&damped, n) {
+            return Ok(product_of_columns(&inverse, &inverse, [n; 3]));
+        }
+        ridge *= 10.0;
+    }
+    Err(Error::NotPositiveDefinite { n, damping: ridge })
+}
+
+/// The solution `x` of `A x = b` for such a matrix, as [`solve_positive`].
+///
+/// # Errors
+/// As there.
+pub(crate) fn solve_vector(a: &[f64], b: &[f64], ridge: f64) -> Result<Vec<f64>> {
+    Ok(product(&solve_positive(a, b.len(), ridge)?, b, [b.len(), b.len(), 1]))
 }
 
 /// The Gram matrix of the shorter side of `a`, `[rows, cols]`, row-major: `A Aᵀ`

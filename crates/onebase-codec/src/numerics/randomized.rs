@@ -103,6 +103,26 @@ pub(super) fn randomized_svd(
     Ok(Truncated { u, s, v })
 }
 
+/// `Δ X` of a thin matrix `[in_features, k]`: `[out_features, k]`.
+///
+/// # Errors
+/// When the delta cannot be read or holds NaN or ∞.
+pub(crate) fn times(delta: &dyn DeltaSource, x: &Thin) -> Result<Thin> {
+    let mut out = Thin::zeros(delta.shape()[0], x.n_cols());
+    sweep(delta, Some(x), &mut out, None)?;
+    Ok(out)
+}
+
+/// `Δᵀ X` of a thin matrix `[out_features, k]`: `[in_features, k]`.
+///
+/// # Errors
+/// As [`times`].
+pub(crate) fn transposed_times(delta: &dyn DeltaSource, mut x: Thin) -> Result<Thin> {
+    let mut out = Thin::zeros(delta.shape()[1], x.n_cols());
+    sweep(delta, None, &mut x, Some(&mut out))?;
+    Ok(out)
+}
+
 /// One pass over the delta `Δ`: `left = Δ right` where `right` is given, then
 /// `next += Δᵀ left` where `next` is.
 fn sweep(
