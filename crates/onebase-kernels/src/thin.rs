@@ -60,6 +60,26 @@ impl Thin {
         out
     }
 
+    /// Rows, `[n_rows, n_cols]`.
+    ///
+    /// Panics when the length is not the product.
+    pub fn from_rows(rows: &[f32], n_rows: usize, n_cols: usize) -> Self {
+        assert_eq!(Some(rows.len()), n_rows.checked_mul(n_cols), "elements of rows");
+        let mut out = Self::zeros(n_rows, n_cols);
+        out.par_groups_mut(0).zip(rows.par_chunks((GROUP * n_cols).max(1))).for_each(
+            |(group, rows)| {
+                for (first, width) in panels(n_cols) {
+                    let columns = first..n_cols.min(first + width);
+                    let places = group[first * GROUP..].chunks_mut(width);
+                    for (to, row) in places.zip(rows.chunks(n_cols)) {
+                        to[..columns.len()].copy_from_slice(&row[columns.clone()]);
+                    }
+                }
+            },
+        );
+        out
+    }
+
     /// The first `n` columns, one a row: `[n, n_rows]`.
     ///
     /// Panics when there are fewer.
@@ -479,6 +499,16 @@ mod tests {
                 let other = Thin::from_columns(&b, n, k);
                 check(&a, shape, &b, k, |backend| backend.thin_product(&thin, &other));
             }
+        }
+    }
+
+    #[test]
+    fn rows_are_columns_turned() {
+        for (n_rows, n_cols) in [(1, 1), (130, 5), (300, 49), (128, 16), (7, 100), (3, 0), (0, 3)] {
+            let rows = random("rows", n_rows * n_cols);
+            let columns = transposed(&rows, n_cols.max(1));
+            let thin = Thin::from_rows(&rows, n_rows, n_cols);
+            assert_eq!(thin, Thin::from_columns(&columns, n_rows, n_cols));
         }
     }
 

@@ -7,19 +7,19 @@ mod round;
 mod weighing;
 
 use half::bf16;
-use onebase_kernels::Backend;
-use onebase_kernels::thin::Thin;
+use onebase_kernels::thin::{GROUP, Thin};
 use onebase_tensor::{EncodedDelta, saturating_bf16};
 use rayon::prelude::*;
 
+use blocks::Codes;
 pub(crate) use blocks::{Blocks, Grids, Layout, MAX_WIDTH};
 pub(crate) use round::relative_error;
 use round::{Left, Right, left, right};
 use weighing::Weighing;
 
 use crate::numerics::{
-    ColumnOrder, SvdMethod, Truncated, product, solve_positive, times, transposed_times,
-    truncated_svd, truncated_svd_bytes,
+    ColumnOrder, SvdMethod, Truncated, product, product_of_columns, solve_positive, times,
+    transposed_times, truncated_svd, truncated_svd_bytes,
 };
 use crate::source::Scaled;
 use crate::stages::{Stage, timed};
@@ -89,14 +89,15 @@ impl Pairs {
         self.s.len()
     }
 
-    /// The pairs of these positions.
-    fn picked(&self, positions: &[usize]) -> Self {
+    /// The pairs of these positions, with their `u` if it is wanted.
+    fn picked(self, positions: &[usize], with_u: bool) -> Self {
         let rows = |vectors: &[f32], n: usize| {
             positions.iter().flat_map(|i| &vectors[i * n..(i + 1) * n]).copied().collect()
         };
         let Self { shape, u, v, s, unit } = self;
         let s = positions.iter().map(|i| s[*i]).collect();
-        Self { shape: *shape, u: rows(u, shape[0]), v: rows(v, shape[1]), s, unit: *unit }
+        let u = if with_u { rows(&u, shape[0]) } else { Vec::new() };
+        Self { shape, u, v: rows(&v, shape[1]), s, unit }
     }
 }
 
@@ -146,7 +147,7 @@ pub(crate) fn encode(
     if widths.is_empty() {
         return Ok(blocks::encoded(&layout, Vec::new(), &[]));
     }
-    let pairs = pairs.picked(&kept);
+    let pairs = pairs.picked(&kept, method.target != Target::Delta);
     let scaled = Scaled { delta, factor: pairs.unit.recip() };
     timed(Stage::Rounding, || fit(&scaled, &pairs, &layout, &weighing, method))
 }
@@ -159,32 +160,42 @@ fn fit(
     weighing: &Weighing<'_>,
     method: &Method,
 ) -> Result<EncodedDelta> {
-    let mut vectors = pairs.v.clone();
-    let mut s = pairs.s.clone();
-    let mut best: Option<(f64, Left, Right)> = None;
+    let rank = layout.rank();
+    let mut next = None;
+    let mut best: Option<(f64, Stored)> = None;
     for sweep in 0..=method.sweeps {
-        let coded = Right::new(&vectors, &s, layout, weighing)?;
-        let rank = layout.rank();
-        let a = Thin::from_columns(&coded.values, layout.shape[1], rank);
+        let (vectors, s) = next.take().unwrap_or_else(|| (pairs.v.clone(), pairs.s.clone()));
+        let right = Right::new(&vectors, s, layout, weighing)?;
+        drop(vectors);
+        let a = Thin::from_columns(&right.values, layout.shape[1], rank);
         let weighed = weighing.times(&a)?;
-        let k = inner(&a, &weighed);
-        let reached = reach(delta, pairs, &weighed, method.target)?;
+        let k = gram(&a, &weighed);
         let fitted = match method.target {
             Target::Vectors => pairs.columns_of_u(),
-            Target::Kept | Target::Delta => solve(&reached, &k, rank)?,
+            Target::Kept => pairs.fitted(&weighed, &k)?,
+            Target::Delta => by_groups(&times(delta, &weighed)?, &solve_positive(&k, rank, RIDGE)?),
         };
-        let coded_left = left(&fitted, &reached, &k, &coded, layout, pairs.unit, method)?;
-        let error = coded_left.error;
+        drop(weighed);
+        drop(a);
+        let Left { blocks, s, values, error } =
+            left(fitted, &k, &right, layout, pairs.unit, method)?;
         if sweep < method.sweeps {
-            (vectors, s) = next_right(delta, &coded_left, rank, layout.shape)?;
+            next = Some(next_right(delta, &values, layout.shape)?);
         }
-        if best.as_ref().is_none_or(|(least, ..)| error < *least) {
-            best = Some((error, coded_left, coded));
+        if best.as_ref().is_none_or(|(least, _)| error < *least) {
+            let blocks = blocks.into_iter().zip(right.blocks).map(|(u, v)| [u, v]).collect();
+            best = Some((error, Stored { s, blocks }));
         }
     }
-    let Some((_, left, right)) = best else { unreachable!("there is one round at least") };
-    let blocks: Vec<_> = left.blocks.into_iter().zip(right.blocks).map(|(u, v)| [u, v]).collect();
-    Ok(blocks::encoded(layout, left.s, &blocks))
+    let Some((_, Stored { s, blocks })) = best else { unreachable!("there is a round at least") };
+    Ok(blocks::encoded(layout, s, &blocks))
+}
+
+/// What is stored of a round.
+struct Stored {
+    s: Vec<bf16>,
+    /// `[u, v]` of each block.
+    blocks: Vec<[Codes; 2]>,
 }
 
 impl Pairs {
@@ -199,118 +210,97 @@ impl Pairs {
         }
         out
     }
-}
 
-/// `T G Aᵀ`, `[out_features, rank]`, of what `u` is fitted to: the whole delta, or the pairs
-/// that are kept.
-fn reach(
-    delta: &dyn DeltaSource,
-    pairs: &Pairs,
-    weighed: &Thin,
-    target: Target,
-) -> Result<Vec<f32>> {
-    let rank = weighed.n_cols();
-    if target == Target::Delta || target == Target::Vectors {
-        return Ok(rows_of(&times(delta, weighed)?));
+    /// The `u` that fits these pairs best for the values `A` of `v` whose products `G Aᵀ` and
+    /// `A G Aᵀ` are given: `[out_features, rank]`.
+    fn fitted(&self, weighed: &Thin, k: &[f64]) -> Result<Vec<f32>> {
+        let rank = self.rank();
+        let v = Thin::from_columns(&self.v, self.shape[1], rank);
+        let solution = solve_positive(k, rank, RIDGE)?;
+        let matrix = product(&gram(&v, weighed), &solution, [rank; 3]);
+        Ok(by_groups(&Thin::from_rows(&self.columns_of_u(), self.shape[0], rank), &matrix))
     }
-    let v = Thin::from_columns(&pairs.v, pairs.shape[1], rank);
-    let inner = inner(&v, weighed);
-    let u = pairs.columns_of_u();
-    Ok(by_rows(&u, &inner, rank))
 }
 
-/// The columns of a thin matrix as rows of `[n_rows, n_cols]`.
-fn rows_of(thin: &Thin) -> Vec<f32> {
-    let mut wide = Vec::new();
-    let mut out = Vec::with_capacity(thin.n_rows() * thin.n_cols());
-    for group in 0..thin.n_groups() {
-        wide.clear();
-        thin.widen_group(group, &mut wide);
-        #[allow(clippy::cast_possible_truncation)]
-        out.extend(wide.iter().map(|x| *x as f32));
-    }
-    out
-}
+/// Groups of rows whose products one task takes.
+const TASK_GROUPS: usize = 4;
 
-/// `Aᵀ B` of thin matrices `[n, rank]`, in f64.
-fn inner(a: &Thin, b: &Thin) -> Vec<f64> {
+/// `Aᵀ B` of thin matrices `[n, rank]`, in f64: tasks' sums are added in their order.
+fn gram(a: &Thin, b: &Thin) -> Vec<f64> {
     let rank = a.n_cols();
-    let (mut of_a, mut of_b) = (Vec::new(), Vec::new());
-    for group in 0..a.n_groups() {
-        a.widen_group(group, &mut of_a);
-        b.widen_group(group, &mut of_b);
+    let mut sum = vec![0.0; rank * rank];
+    let n_threads = rayon::current_num_threads();
+    let firsts: Vec<usize> = (0..a.n_groups()).step_by(TASK_GROUPS).collect();
+    for firsts in firsts.chunks(n_threads) {
+        let products = firsts.par_iter().map(|first| {
+            let (mut of_a, mut of_b) = (Vec::new(), Vec::new());
+            for group in *first..a.n_groups().min(first + TASK_GROUPS) {
+                a.widen_group(group, &mut of_a);
+                b.widen_group(group, &mut of_b);
+            }
+            product_of_columns(&of_a, &of_b, [of_a.len() / rank, rank, rank])
+        });
+        for product in products.collect::<Vec<_>>() {
+            sum.iter_mut().zip(product).for_each(|(sum, x)| *sum += x);
+        }
     }
-    crate::numerics::product_of_columns(&of_a, &of_b, [a.n_rows(), rank, rank])
+    sum
 }
 
-/// Rows that one task multiplies.
-const TASK_ROWS: usize = 256;
-
-/// `X M` of rows `[n, rank]` and a matrix `[rank, rank]`, in f64.
-#[allow(clippy::cast_possible_truncation)]
-fn by_rows(rows: &[f32], matrix: &[f64], rank: usize) -> Vec<f32> {
-    let mut out = vec![0.0; rows.len()];
-    let tasks = out.par_chunks_mut(TASK_ROWS * rank).zip(rows.par_chunks(TASK_ROWS * rank));
-    tasks.for_each(|(out, rows)| {
-        let wide: Vec<f64> = rows.iter().map(|x| f64::from(*x)).collect();
-        let result = product(&wide, matrix, [rows.len() / rank, rank, rank]);
+/// `X M` of a thin matrix `[n, rank]` and a matrix `[rank, rank]`, in f64: `[n, rank]`.
+fn by_groups(x: &Thin, matrix: &[f64]) -> Vec<f32> {
+    let rank = x.n_cols();
+    let mut out = vec![0.0; x.n_rows() * rank];
+    out.par_chunks_mut(GROUP * rank).enumerate().for_each(|(group, out)| {
+        let mut wide = Vec::new();
+        x.widen_group(group, &mut wide);
+        let result = product(&wide, matrix, [wide.len() / rank, rank, rank]);
+        #[allow(clippy::cast_possible_truncation)]
         out.iter_mut().zip(result).for_each(|(out, x)| *out = x as f32);
     });
     out
 }
 
-/// The least-squares solution `X` of `X K ≈ R`.
-fn solve(right_side: &[f32], k: &[f64], rank: usize) -> Result<Vec<f32>> {
-    Ok(by_rows(right_side, &solve_positive(k, rank, RIDGE)?, rank))
-}
-
-/// The `v` that fits best to `u`, as vectors with elements of about 1, and their numbers.
+/// The `v` that fits best to `u`, `[out_features, rank]`: vectors with elements of about 1,
+/// `[rank, in_features]`, and their numbers.
 #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation)]
 fn next_right(
     delta: &dyn DeltaSource,
-    left: &Left,
-    rank: usize,
+    u: &[f32],
     [m, n]: [usize; 2],
 ) -> Result<(Vec<f32>, Vec<f64>)> {
-    let mut columns = vec![0.0; rank * m];
-    for (row, values) in left.values.chunks(rank).enumerate() {
-        values.iter().enumerate().for_each(|(r, value)| columns[r * m + row] = *value);
-    }
-    let u = Thin::from_columns(&columns, m, rank);
-    let inverse = solve_positive(&inner(&u, &u), rank, RIDGE)?;
+    let rank = u.len() / m;
+    let u = Thin::from_rows(u, m, rank);
+    let squares = gram(&u, &u);
+    let inverse = solve_positive(&squares, rank, RIDGE)?;
+    let fitted = by_groups(&transposed_times(delta, u)?, &inverse);
     let mut out = vec![0.0; rank * n];
-    let fitted = by_rows(&rows_of(&transposed_times(delta, u)?), &inverse, rank);
-    for (column, values) in fitted.chunks(rank).enumerate() {
-        values.iter().enumerate().for_each(|(r, value)| out[r * n + column] = *value);
-    }
-    let rms = |vector: &[f32]| {
-        let power: f64 = vector.iter().map(|x| f64::from(*x).powi(2)).sum();
-        (power / vector.len() as f64).sqrt()
-    };
     let mut s = Vec::with_capacity(rank);
-    for (v, u) in out.chunks_mut(n).zip(columns.chunks(m)) {
-        let of_v = rms(v).max(f64::MIN_POSITIVE);
+    for (r, v) in out.chunks_mut(n).enumerate() {
+        v.iter_mut().zip(fitted[r..].iter().step_by(rank)).for_each(|(v, x)| *v = *x);
+        let power: f64 = v.iter().map(|x| f64::from(*x).powi(2)).sum();
+        let of_v = (power / n as f64).sqrt().max(f64::MIN_POSITIVE);
         v.iter_mut().for_each(|x| *x = (f64::from(*x) / of_v) as f32);
-        s.push(of_v * rms(u));
+        s.push(of_v * (squares[r * (rank + 1)] / m as f64).sqrt());
     }
     Ok((out, s))
 }
 
 /// The most bytes that [`encode`] holds at a time.
 pub(crate) fn encode_bytes(shape: [usize; 2], candidates: usize, method: &Method) -> usize {
+    const F32: usize = size_of::<f32>();
+    const F64: usize = size_of::<f64>();
     let [m, n] = shape;
-    let vectors = candidates * (m + n);
-    let fit = size_of::<f32>() * 12 * vectors + size_of::<f64>() * 10 * candidates * candidates;
-    truncated_svd_bytes(shape, candidates, method.svd).max(fit) + 8 * vectors + (16 << 20)
+    let (vectors, squares) = (candidates * (m + n), candidates * candidates);
+    let chunks = candidates.max(n) * GROUP * 64;
+    // All candidates, those that are kept, what is fitted and what it is made of, codes of the
+    // best round and of this one; Gram matrices, inverses and factors.
+    let fit = F32 * 6 * vectors + 4 * vectors + F64 * 12 * squares + chunks;
+    truncated_svd_bytes(shape, candidates, method.svd).max(fit) + (16 << 20)
 }
 
 /// A number as it is stored.
 #[allow(clippy::cast_possible_truncation)]
 fn stored(s: f64) -> bf16 {
     saturating_bf16(s as f32)
-}
-
-/// The processor's own.
-fn backend() -> Backend {
-    Backend::active()
 }

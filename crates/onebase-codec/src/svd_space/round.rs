@@ -1,16 +1,15 @@
 //! The codes of both sides.
 
 use half::{bf16, f16};
-use onebase_kernels::plane_bytes;
+use onebase_kernels::thin::Thin;
+use onebase_kernels::{Backend, plane_bytes};
 use rayon::prelude::*;
 
 use super::blocks::{Codes, Grids, Layout};
 use super::weighing::Weighing;
-use super::{Method, backend, stored};
+use super::{Method, gram, stored};
 use crate::Result;
-use crate::numerics::{
-    Grid, HessianFactor, RangeGrid, Rounded, ScaleFormat, gptq, product_of_columns, solve_vector,
-};
+use crate::numerics::{Grid, HessianFactor, RangeGrid, Rounded, ScaleFormat, gptq, solve_vector};
 
 /// One scale for a whole vector; a multiple of the lanes.
 const WHOLE: usize = 1 << 30;
@@ -60,7 +59,7 @@ fn narrow(width: usize) -> u8 {
 fn half_step(vector: &[f32], width: usize) -> f32 {
     let mut codes = vec![0; width * plane_bytes(vector.len())];
     let mut scale = [bf16::ZERO];
-    backend().fit_low_bit(vector, width, WHOLE, &mut codes, &mut scale);
+    Backend::active().fit_low_bit(vector, width, WHOLE, &mut codes, &mut scale);
     scale[0].to_f32()
 }
 
@@ -114,13 +113,13 @@ impl Right {
     /// Rounds vectors `[rank, in_features]`.
     pub(super) fn new(
         vectors: &[f32],
-        s: &[f64],
+        s: Vec<f64>,
         layout: &Layout,
         weighing: &Weighing<'_>,
     ) -> Result<Self> {
         let factor = weighing.factor()?;
         let n = layout.shape[1];
-        let mut out = Self { blocks: Vec::new(), values: Vec::new(), s: s.to_vec() };
+        let mut out = Self { blocks: Vec::new(), values: Vec::new(), s };
         for block in layout.blocks() {
             let rows = &vectors[block.pairs.start * n..block.pairs.end * n];
             let (coded, _) = right(rows, block.width, layout.grids, &factor);
@@ -138,38 +137,30 @@ pub(super) struct Left {
     pub(super) s: Vec<bf16>,
     /// What the codes stand for, with the pairs' numbers: `[out_features, rank]`.
     pub(super) values: Vec<f32>,
-    /// The squared error of the outputs, less what no `u` could change.
+    /// The squared error of the outputs against those of what was rounded, less what no `u`
+    /// changes.
     pub(super) error: f64,
 }
 
-/// Rounds `fitted`, `[out_features, rank]`. `reached` is `D G Aᵀ` of the same shape and `k`
-/// is `A G Aᵀ`, for the values `A` of `right`; the delta is in units of `unit`.
+/// Rounds `fitted`, `[out_features, rank]`: `k` is `A G Aᵀ` for the values `A` of `right`, and
+/// the delta is in units of `unit`.
 pub(super) fn left(
-    fitted: &[f32],
-    reached: &[f32],
+    fitted: Vec<f32>,
     k: &[f64],
     right: &Right,
     layout: &Layout,
     unit: f64,
     method: &Method,
 ) -> Result<Left> {
-    let rank = layout.rank();
-    let mut left = match layout.grids {
-        Grids::Pair => pair_left(fitted, reached, k, right, layout, unit, method)?,
-        Grids::Group(size) => group_left(fitted, k, right, layout, size, unit, method)?,
-    };
-    let gram = gram_of(&left.values, rank);
-    let cross: f64 =
-        left.values.iter().zip(reached).map(|(u, r)| f64::from(*u) * f64::from(*r)).sum();
-    let square: f64 = gram.iter().zip(k).map(|(a, b)| a * b).sum();
-    left.error = square - 2.0 * cross;
-    Ok(left)
+    match layout.grids {
+        Grids::Pair => pair_left(fitted, k, right, layout, unit, method),
+        Grids::Group(size) => group_left(&fitted, k, right, layout, size, unit, method),
+    }
 }
 
-/// `Uᵀ U` of rows `[n, rank]`.
-fn gram_of(rows: &[f32], rank: usize) -> Vec<f64> {
-    let wide: Vec<f64> = rows.iter().map(|x| f64::from(*x)).collect();
-    product_of_columns(&wide, &wide, [rows.len() / rank, rank, rank])
+/// `Σ‖(F − U) A‖²` over inputs, less what no `U` changes, of `Uᵀ U` and `Uᵀ F`.
+fn error(squares: &[f64], products: &[f64], k: &[f64]) -> f64 {
+    squares.iter().zip(products).zip(k).map(|((square, cross), k)| k * (square - 2.0 * cross)).sum()
 }
 
 /// The step of the values of a pair: what a level of `v` is in them.
@@ -183,8 +174,7 @@ fn step_of(values: &[f32], codes: &[u8], width: usize) -> f64 {
 /// One scale for each pair, all columns rounded together.
 #[allow(clippy::cast_possible_truncation)]
 fn pair_left(
-    fitted: &[f32],
-    reached: &[f32],
+    fitted: Vec<f32>,
     k: &[f64],
     right: &Right,
     layout: &Layout,
@@ -198,54 +188,57 @@ fn pair_left(
     for (block, codes) in layout.blocks().iter().zip(&right.blocks) {
         for (at, r) in block.pairs.clone().enumerate() {
             widths[r] = narrow(block.width);
-            let row = r * n..(r + 1) * n;
             let own = &codes.codes[at * n..(at + 1) * n];
-            of_level[r] = step_of(&right.values[row], own, block.width);
+            of_level[r] = step_of(&right.values[r * n..(r + 1) * n], own, block.width);
         }
     }
-    let columns: Vec<Vec<f32>> =
-        (0..rank).map(|r| fitted[r..].iter().step_by(rank).copied().collect()).collect();
-    let steps: Vec<f32> = columns
-        .par_iter()
-        .zip(&widths)
-        .map(|(column, width)| half_step(column, usize::from(*width)))
-        .collect();
-    drop(columns);
-    let factor = HessianFactor::new(k, rank, method.order, method.damping)?;
-    let rows = vec![1.0; m];
-    let grid = Grid::Steps { bits: &widths, rows: &rows, columns: &steps };
-    let rounded = gptq(fitted, &factor, &grid);
-    let levels: Vec<f32> = {
-        let ones = vec![1.0; rank];
-        Grid::Steps { bits: &widths, rows: &rows, columns: &ones }.values(&rounded, &factor)
+    let column = |(r, width): (usize, &u8)| {
+        let column: Vec<f32> = fitted[r..].iter().step_by(rank).copied().collect();
+        half_step(&column, usize::from(*width))
     };
-    // The numbers that are best for these levels: min ‖D − L diag(c) A‖.
-    let gram = gram_of(&levels, rank);
-    let matrix: Vec<f64> = gram.iter().zip(k).map(|(a, b)| a * b).collect();
-    let mut wanted = vec![0.0; rank];
-    for (levels, reached) in levels.chunks(rank).zip(reached.chunks(rank)) {
-        for (wanted, (level, r)) in wanted.iter_mut().zip(levels.iter().zip(reached)) {
-            *wanted += f64::from(*level) * f64::from(*r);
-        }
-    }
+    let steps: Vec<f32> = widths.par_iter().enumerate().map(column).collect();
+    let factor = HessianFactor::new(k, rank, method.order, method.damping)?;
+    let (rows, ones) = (vec![1.0; m], vec![1.0; rank]);
+    let grid = Grid::Steps { bits: &widths, rows: &rows, columns: &steps };
+    let rounded = gptq(&fitted, &factor, &grid);
+    let grid = Grid::Steps { bits: &widths, rows: &rows, columns: &ones };
+    let mut values = grid.values(&rounded, &factor);
+    // The numbers that are best for these levels: min ‖(F − L diag(c)) A‖.
+    let (squares, products) = {
+        let levels = Thin::from_rows(&values, m, rank);
+        (gram(&levels, &levels), gram(&levels, &Thin::from_rows(&fitted, m, rank)))
+    };
+    drop(fitted);
+    let matrix: Vec<f64> = squares.iter().zip(k).map(|(a, b)| a * b).collect();
+    let wanted: Vec<f64> = products
+        .chunks(rank)
+        .zip(k.chunks(rank))
+        .map(|(products, k)| products.iter().zip(k).map(|(a, b)| a * b).sum())
+        .collect();
     let best = solve_vector(&matrix, &wanted, super::RIDGE)?;
     let s: Vec<bf16> =
         best.iter().zip(&of_level).map(|(c, level)| stored(c * level * unit)).collect();
-    let numbers: Vec<f32> = s
-        .iter()
-        .zip(&of_level)
-        .map(|(s, level)| if *level == 0.0 { 0.0 } else { (s.to_f64() / (level * unit)) as f32 })
-        .collect();
-    let mut values = levels;
+    let in_values = |(s, level): (&bf16, &f64)| {
+        if *level == 0.0 { 0.0 } else { s.to_f64() / (level * unit) }
+    };
+    let numbers: Vec<f64> = s.iter().zip(&of_level).map(in_values).collect();
     for row in values.chunks_mut(rank) {
-        row.iter_mut().zip(&numbers).for_each(|(value, number)| *value *= number);
+        let of_row = row.iter_mut().zip(&numbers);
+        of_row.for_each(|(value, number)| *value = (f64::from(*value) * number) as f32);
     }
+    let scaled = |(at, x): (usize, f64), both: bool| {
+        let number = numbers[at / rank];
+        x * number * if both { numbers[at % rank] } else { 1.0 }
+    };
+    let squares: Vec<f64> = squares.into_iter().enumerate().map(|x| scaled(x, true)).collect();
+    let products: Vec<f64> = products.into_iter().enumerate().map(|x| scaled(x, false)).collect();
     let blocks = layout.blocks().into_iter().map(|block| {
         let rows = rounded.codes.chunks(rank);
         let codes = rows.flat_map(|row| &row[block.pairs.clone()]).copied().collect();
         Codes { codes, ..Codes::default() }
     });
-    Ok(Left { blocks: blocks.collect(), s, values, error: 0.0 })
+    let error = error(&squares, &products, k);
+    Ok(Left { blocks: blocks.collect(), s, values, error })
 }
 
 /// Ranges for each row and group of a block, block by block.
@@ -286,5 +279,8 @@ fn group_left(
         }
         blocks.push(coded.codes);
     }
-    Ok(Left { blocks, s, values, error: 0.0 })
+    let u = Thin::from_rows(&values, layout.shape[0], rank);
+    let products = gram(&u, &Thin::from_rows(fitted, layout.shape[0], rank));
+    let error = error(&gram(&u, &u), &products, k);
+    Ok(Left { blocks, s, values, error })
 }

@@ -3,6 +3,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context as _, bail};
+use onebase_codec::{Stage, stage_seconds};
 use onebase_compress::{
     DistillText, Distilled, Job, Pair, Plan, Progress, TablePlan, compress, compress_part, distill,
     expected_memory,
@@ -13,7 +14,7 @@ use onebase_format::artifact::{
     Artifact, ArtifactWriter, CalibrationRecord, Manifest, Shard, Sizes,
 };
 use onebase_model::{Model, TextModel};
-use serde_json::json;
+use serde_json::{Map, Value, json};
 
 use crate::args::CompressArgs;
 use crate::commands::inspect::summary_rows;
@@ -148,6 +149,12 @@ pub(crate) fn run(args: &CompressArgs, output: &Output) -> anyhow::Result<()> {
     }
 }
 
+/// The seconds of each stage of encoding that took any.
+fn stages() -> impl Iterator<Item = (String, Value)> {
+    let spent = Stage::ALL.iter().map(|stage| (stage.name(), stage_seconds(*stage)));
+    spent.filter(|(_, s)| *s > 0.0).map(|(name, s)| (name.replace(' ', "_"), s.into()))
+}
+
 /// What a run took.
 struct Cost {
     seconds: f64,
@@ -182,6 +189,7 @@ fn say_artifact(
         "seconds": cost.seconds,
         "peak_memory_bytes": peak_memory_bytes(),
         "expected_memory_bytes": cost.expected_memory_bytes,
+        "stage_seconds": stages().collect::<Map<_, _>>(),
     });
     if let Some(distilled) = distilled {
         object["distilled"] = json!(distilled);
@@ -213,6 +221,15 @@ fn say_artifact(
                 format!("{:.1} s, {} of checkpoints per second", cost.seconds, bytes(rate))
             },
         ]);
+        let stages: Vec<String> = Stage::ALL
+            .iter()
+            .map(|stage| (stage.name(), 100.0 * stage_seconds(*stage) / cost.seconds))
+            .filter(|(_, percent)| *percent > 0.0)
+            .map(|(name, percent)| format!("{name} {} %", number(percent)))
+            .collect();
+        if !stages.is_empty() {
+            rows.push(vec!["of it".to_owned(), stages.join(", ")]);
+        }
         if let Some(peak) = peak_memory_bytes() {
             rows.push(vec!["peak memory".to_owned(), bytes(peak)]);
         }
