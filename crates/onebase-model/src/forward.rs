@@ -9,7 +9,10 @@ use crate::rope::rotate;
 use crate::tenant::TableDelta;
 use crate::{Error, KvCache, Model, ModelConfig, Result, Tenant};
 
+mod layers;
 mod moe;
+
+pub use layers::LayerRun;
 
 /// Elements of a batch below which row operations stay on one thread.
 const WORTH_A_THREAD: usize = 1 << 14;
@@ -112,12 +115,7 @@ impl Model {
         segments: &mut [Segment<'_>],
         observer: &mut dyn Observer,
     ) -> Result<Vec<Vec<f32>>> {
-        for segment in segments.iter() {
-            let vocab_size = segment.tenant.map_or(&self.config, Tenant::config).vocab_size;
-            if let Some(token) = segment.tokens.iter().find(|t| **t as usize >= vocab_size) {
-                return Err(Error::Token { token: *token, vocab_size });
-            }
-        }
+        self.check_vocabulary(segments)?;
         let batch = Batch::new(segments);
         if batch.rows.is_empty() {
             return Ok(vec![Vec::new(); segments.len()]);
@@ -132,6 +130,17 @@ impl Model {
             segment.cache.advance(segment.tokens.len());
         }
         Ok(pass.logits(segments))
+    }
+
+    /// Checks that every token is one of its segment's vocabulary.
+    fn check_vocabulary(&self, segments: &[Segment<'_>]) -> Result<()> {
+        for segment in segments {
+            let vocab_size = segment.tenant.map_or(&self.config, Tenant::config).vocab_size;
+            if let Some(token) = segment.tokens.iter().find(|t| **t as usize >= vocab_size) {
+                return Err(Error::Token { token: *token, vocab_size });
+            }
+        }
+        Ok(())
     }
 }
 

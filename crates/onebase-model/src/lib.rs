@@ -2,7 +2,7 @@
 //!
 //! [`Model`] is a base in memory; [`Tenant`] is one artifact loaded against it;
 //! [`Model::forward`] runs rows of several tenants in one batch, and
-//! [`generate`] decodes a set of requests. The forward pass is the same for
+//! [`generate`] decodes a set of requests; [`LayerRun`] runs a text block by block. The forward pass is the same for
 //! evaluation and for serving.
 
 mod chat_template;
@@ -25,14 +25,14 @@ pub use chat_template::{ChatTemplate, Message};
 pub use config::{Architecture, ModelConfig};
 pub use decoder::{TensorSpec, tensor_specs};
 pub use error::Error;
-pub use forward::{Logits, Segment};
+pub use forward::{LayerRun, Logits, Segment};
 pub use generate::{Completion, FinishReason, Generation, Request, generate};
 pub use kv_cache::KvCache;
 pub use model::{Model, check_tensors};
 pub use observer::{Observer, SiteInput};
 pub use sampler::{Sampler, SamplingParams};
 pub use tenant::{Tenant, Wrap};
-pub use tokenizer::{TextModel, Tokenizer};
+pub use tokenizer::{TextModel, Tokenizer, start_token, stop_tokens};
 
 /// The result of this crate's operations.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

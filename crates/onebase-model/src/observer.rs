@@ -18,6 +18,13 @@ pub enum SiteInput {
 }
 
 impl SiteInput {
+    /// The block of a linear site and what it reads, from its weight's name:
+    /// `model.layers.3.mlp.up_proj.weight`; `None` where it is no site.
+    pub fn of_weight(tensor: &str) -> Option<(usize, Self)> {
+        let (layer, module) = tensor.strip_prefix("model.layers.")?.split_once('.')?;
+        Some((layer.parse().ok()?, Self::of(module.strip_suffix(".weight")?)?))
+    }
+
     /// What a site reads, named within its block: `mlp.up_proj`; `None` where it is
     /// no site.
     pub fn of(site: &str) -> Option<Self> {
@@ -40,6 +47,20 @@ impl SiteInput {
     }
 }
 
+/// Its name where it is stored, within its block: `attention`, `expert.3`.
+impl std::fmt::Display for SiteInput {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            SiteInput::Attention => f.write_str("attention"),
+            SiteInput::AttentionOutput => f.write_str("attention_output"),
+            SiteInput::FeedForward => f.write_str("feed_forward"),
+            SiteInput::FeedForwardOutput => f.write_str("feed_forward_output"),
+            SiteInput::Expert(number) => write!(f, "expert.{number}"),
+            SiteInput::ExpertOutput(number) => write!(f, "expert_output.{number}"),
+        }
+    }
+}
+
 /// Who is shown the inputs of linear sites while a batch runs.
 pub trait Observer {
     /// The input `x`, `[n_rows, in_features]`, of sites of the block `layer`; the
@@ -57,7 +78,7 @@ impl Observer for Nobody {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
+    use std::collections::{BTreeMap, BTreeSet};
 
     use onebase_format::artifact::Role;
     use serde_json::json;
@@ -88,6 +109,8 @@ mod tests {
                 let Some(name) = spec.name.strip_prefix("model.layers.") else { continue };
                 let (layer, module) = name.split_once('.').unwrap();
                 let input = SiteInput::of(module.strip_suffix(".weight").unwrap());
+                let of_weight = SiteInput::of_weight(&spec.name);
+                assert_eq!(of_weight, input.map(|input| (layer.parse().unwrap(), input)));
                 assert_eq!(input.is_some(), spec.role == Role::Linear, "{name}");
                 let Some(input) = input else { continue };
                 let width = *spec.shape.last().unwrap();
@@ -95,6 +118,9 @@ mod tests {
                 assert_eq!(known, width, "{name}");
             }
             assert_eq!(widths.len(), n_inputs, "{architecture}: {widths:?}");
+            let names: BTreeSet<_> =
+                widths.keys().map(|(l, input)| format!("{l}.{input}")).collect();
+            assert_eq!(names.len(), n_inputs, "{architecture}: {names:?}");
         }
         for other in ["mlp.gate", "mlp.experts.x.up_proj", "mlp.experts.1.w4", "input_layernorm"] {
             assert_eq!(SiteInput::of(other), None, "{other}");

@@ -83,15 +83,7 @@ impl TextModel {
         // filled up.
         inner.with_truncation(None).map_err(bad)?;
         inner.with_padding(None);
-        let json = |name| -> Result<Value> {
-            let Some(bytes) = file(name)? else { return Ok(Value::Null) };
-            let path = path.clone();
-            serde_json::from_slice(&bytes).map_err(|source| Error::Json {
-                path,
-                file: name,
-                source,
-            })
-        };
+        let json = |name| read_json(name, &file, &path);
         let tokenizer_config = json(TOKENIZER_CONFIG)?;
         let own_template = match file("chat_template.jinja")? {
             Some(bytes) => Some(String::from_utf8_lossy(&bytes).into_owned()),
@@ -107,12 +99,7 @@ impl TextModel {
                 ChatTemplate::new(source, special("bos_token"), special("eos_token"), &path)
             })
             .transpose()?;
-        let generation = json(GENERATION_CONFIG)?;
-        let config = json(CONFIG_FILE)?;
-        let stop_tokens = match token_ids(&generation["eos_token_id"]) {
-            ids if ids.is_empty() => token_ids(&config["eos_token_id"]),
-            ids => ids,
-        };
+        let stop_tokens = special_tokens("eos_token_id", &file, &path)?;
         let tokenizer = Tokenizer { inner, path: path.clone() };
         Ok(Self { tokenizer, chat_template, stop_tokens, path })
     }
@@ -129,6 +116,51 @@ impl TextModel {
         // The template writes the special tokens itself.
         self.tokenizer.encode(&template.render(messages, true)?, false)
     }
+}
+
+/// The token with which a checkpoint's documents begin, where it says one.
+///
+/// # Errors
+/// When a configuration cannot be read or is malformed.
+pub fn start_token(checkpoint: &Checkpoint) -> Result<Option<u32>> {
+    let file = |name: &str| Ok(checkpoint.side_file(name)?);
+    Ok(special_tokens("bos_token_id", &file, checkpoint.dir())?.first().copied())
+}
+
+/// The tokens with which a checkpoint's answers end, [`TextModel::stop_tokens`], for a
+/// model that may have no tokenizer.
+///
+/// # Errors
+/// When a configuration cannot be read or is malformed.
+pub fn stop_tokens(checkpoint: &Checkpoint) -> Result<Vec<u32>> {
+    let file = |name: &str| Ok(checkpoint.side_file(name)?);
+    special_tokens("eos_token_id", &file, checkpoint.dir())
+}
+
+/// What the generation's configuration says, else the model's.
+fn special_tokens(
+    field: &str,
+    file: &dyn Fn(&str) -> Result<Option<Vec<u8>>>,
+    path: &Path,
+) -> Result<Vec<u32>> {
+    for name in [GENERATION_CONFIG, CONFIG_FILE] {
+        let ids = token_ids(&read_json(name, file, path)?[field]);
+        if !ids.is_empty() {
+            return Ok(ids);
+        }
+    }
+    Ok(Vec::new())
+}
+
+/// A JSON file; null where it is not there.
+fn read_json(
+    name: &'static str,
+    file: &dyn Fn(&str) -> Result<Option<Vec<u8>>>,
+    path: &Path,
+) -> Result<Value> {
+    let Some(bytes) = file(name)? else { return Ok(Value::Null) };
+    let path = path.to_owned();
+    serde_json::from_slice(&bytes).map_err(|source| Error::Json { path, file: name, source })
 }
 
 /// `chat_template` of a tokenizer's configuration: a text, or a list of named
