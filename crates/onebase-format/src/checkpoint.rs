@@ -250,15 +250,20 @@ impl<'a> Tensor<'a> {
     /// # Errors
     /// When the file cannot be read.
     pub fn digest(&self) -> Result<Digest> {
-        let shape: Vec<_> = self.shape().iter().map(usize::to_string).collect();
         let mut hasher = blake3::Hasher::new();
-        hasher.update(format!("{} {}\n", self.dtype, shape.join("x")).as_bytes());
+        hasher.update(tensor_head(self.dtype, self.shape()).as_bytes());
         digest::hash_blocks(hasher, self.size_bytes() as u64, |offset, block| {
             // A tensor's size is a `usize`, so is an offset into it.
             #[allow(clippy::cast_possible_truncation)]
             self.read(offset as usize, block)
         })
     }
+}
+
+/// What the digest of a tensor is over before its bytes.
+pub(crate) fn tensor_head(dtype: DType, shape: &[usize]) -> String {
+    let shape: Vec<_> = shape.iter().map(usize::to_string).collect();
+    format!("{dtype} {}\n", shape.join("x"))
 }
 
 pub(crate) fn read_json<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<T> {

@@ -194,6 +194,41 @@ pub enum Error {
         /// Digest of the bytes on disk.
         got: Digest,
     },
+    /// A tensor has other contents than were written.
+    #[error(
+        "{}: {tensor}: contents changed: expected digest {expected}, got {got}",
+        path.display()
+    )]
+    TensorDigest {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Its digest by the manifest.
+        expected: Digest,
+        /// The digest of what is on disk.
+        got: Digest,
+    },
+    /// Statistics lack an input of a model's linear sites.
+    #[error("{}: {input} was not measured", path.display())]
+    MissingInput {
+        /// The statistics' manifest.
+        path: PathBuf,
+        /// The input.
+        input: String,
+    },
+    /// Statistics are of a model whose sites have other sizes.
+    #[error("{}: {input}: expected {expected} input features, got {got}", path.display())]
+    InFeatures {
+        /// The statistics' manifest.
+        path: PathBuf,
+        /// The input.
+        input: String,
+        /// Of the model.
+        expected: usize,
+        /// That were measured.
+        got: usize,
+    },
     /// The base is not the one the artifact was made against.
     #[error(
         "{}: made against another base: {tensor} has digest {got} in {}, expected {expected}",
@@ -236,9 +271,18 @@ impl Error {
                  save_pretrained"
                     .into()
             }
+            Error::NotA { missing: crate::statistics::STATISTICS_FILE, .. } => {
+                "give a folder written by `onebase calibrate`".into()
+            }
+            Error::MissingInput { .. } | Error::InFeatures { .. } => {
+                "they are of another model; measure this one with `onebase calibrate`".into()
+            }
             Error::NotA { .. } => "give a folder written by `onebase compress`".into(),
             Error::MissingShard { .. } => "the download is incomplete; fetch it again".into(),
-            Error::Header { .. } | Error::FileSize { .. } | Error::FileDigest { .. } => {
+            Error::Header { .. }
+            | Error::FileSize { .. }
+            | Error::FileDigest { .. }
+            | Error::TensorDigest { .. } => {
                 "the file is damaged or its download stopped early; fetch it again".into()
             }
             Error::UnsupportedDType { .. } => {

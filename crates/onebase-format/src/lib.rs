@@ -1,4 +1,4 @@
-//! Hugging Face checkpoints and delta artifacts on disk.
+//! Hugging Face checkpoints, delta artifacts and statistics on disk.
 //!
 //! Files are hostile until checked: every length, offset, shape and name is
 //! validated before it is used, and each refusal has its own error. Nothing
@@ -12,6 +12,7 @@ mod error;
 mod map;
 mod safetensors_file;
 mod stacked;
+pub mod statistics;
 mod tensor_writer;
 
 pub use atomic::{StagedFolder, write_file};

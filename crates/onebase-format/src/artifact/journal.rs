@@ -11,6 +11,7 @@ use super::manifest::Storage;
 use crate::atomic::Lock;
 use crate::checkpoint::plain_name;
 use crate::error::Error;
+use crate::statistics::StatisticsRecord;
 use crate::{Digest, Result};
 
 /// The value of `format` in every journal.
@@ -54,6 +55,10 @@ pub struct Run {
     pub inputs: Digest,
     /// Every choice that the bytes depend on.
     pub options: Map<String, Value>,
+    /// The statistics that linear sites are encoded with, if they are: the bytes depend
+    /// on them too.
+    #[serde(default)]
+    pub calibration: Option<StatisticsRecord>,
     /// Tensors of the whole fine-tune.
     pub n_tensors: usize,
     /// Which part of them this run does.

@@ -11,6 +11,7 @@ use super::manifest::{
 use super::reader::Sizes;
 use super::writer::{Origin, settle_card};
 use crate::error::Error;
+use crate::statistics::StatisticsRecord;
 use crate::tensor_writer::{TensorEntry, header};
 use crate::{Digest, Result};
 
@@ -89,7 +90,7 @@ impl StoredTensor {
     }
 }
 
-/// What an artifact is called and made by.
+/// What an artifact is called and made by and with.
 #[derive(Clone, Copy, Debug)]
 pub struct Names<'a> {
     /// Program and version that write it.
@@ -98,6 +99,8 @@ pub struct Names<'a> {
     pub base: &'a str,
     /// What the fine-tune is called.
     pub fine_tune: &'a str,
+    /// The statistics that linear sites are encoded with.
+    pub calibration: Option<&'a StatisticsRecord>,
 }
 
 /// A tensor file that is to be written.
@@ -131,6 +134,7 @@ impl Layout {
             files: BTreeMap::new(),
             inherited: BTreeMap::new(),
             tensors: BTreeMap::new(),
+            calibration: names.calibration.cloned(),
             distillation: None,
             quality: None,
         };

@@ -6,6 +6,7 @@ use serde_json::{Map, Value};
 
 use super::{CalibrationRecord, Quality};
 use crate::Digest;
+use crate::statistics::StatisticsRecord;
 
 /// The manifest's file name.
 pub const MANIFEST_FILE: &str = "onebase.json";
@@ -46,6 +47,9 @@ pub struct Manifest {
     pub inherited: BTreeMap<String, Digest>,
     /// Every tensor of the fine-tune.
     pub tensors: BTreeMap<String, TensorRecord>,
+    /// The statistics of inputs that linear sites were encoded with, if they were.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub calibration: Option<StatisticsRecord>,
     /// The text on which scales were fitted after encoding, if they were.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub distillation: Option<CalibrationRecord>,

@@ -19,5 +19,6 @@ pub use manifest::{
     Manifest, Role, Storage, TensorRecord, digest_of_tensors,
 };
 pub use quality::{CalibrationRecord, DeltaError, Perplexity, Quality, TaskQuality};
+pub(crate) use reader::read_versioned;
 pub use reader::{Artifact, ExactTensor, Sizes};
 pub use writer::{ArtifactWriter, Done, Origin, join};

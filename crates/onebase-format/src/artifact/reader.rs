@@ -4,13 +4,14 @@ use std::path::{Path, PathBuf};
 use onebase_tensor::{DType, EncodedDelta, Part, PartData, PartShapes, effective_bits};
 use rayon::prelude::*;
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::manifest::{
     ADDED_ROWS, BaseRecord, CodecRecord, FORMAT, FORMAT_VERSION, LINEAR_PREFIX, MANIFEST_FILE,
     MODEL_CARD_FILE, Manifest, Role, Storage, TensorRecord, part_name,
 };
-use crate::checkpoint::{plain_name, read_json, read_optional};
+use crate::checkpoint::{plain_name, read_optional};
 use crate::error::Error;
 use crate::safetensors_file::{SafetensorsFile, file_digest};
 use crate::{Checkpoint, Digest, Result};
@@ -105,7 +106,7 @@ impl Artifact {
                 missing: MANIFEST_FILE,
             });
         }
-        let manifest = read_manifest(&path)?;
+        let (manifest, _): (Manifest, Digest) = read_versioned(&path, FORMAT, FORMAT_VERSION)?;
         let mut files = BTreeMap::new();
         for name in manifest.inherited.keys() {
             plain_name(&path, name)?;
@@ -417,22 +418,25 @@ impl Artifact {
     }
 }
 
-/// Reads a manifest, its format and version before anything else, so that a
-/// newer one is called newer and not malformed.
-fn read_manifest(path: &Path) -> Result<Manifest> {
-    let value: Value = read_json(path)?;
+/// Reads a manifest, and the digest of its bytes; its format and version before anything
+/// else, so that a newer one is called newer and not malformed.
+pub(crate) fn read_versioned<T: DeserializeOwned>(
+    path: &Path,
+    expected: &'static str,
+    newest: u32,
+) -> Result<(T, Digest)> {
+    let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
+    let bad = |source| Error::Json { path: path.to_owned(), source };
+    let value: Value = serde_json::from_slice(&bytes).map_err(bad)?;
     let format = value.get("format").and_then(Value::as_str).unwrap_or_default();
-    if format != FORMAT {
-        return Err(Error::OtherFormat {
-            path: path.to_owned(),
-            expected: FORMAT,
-            got: format.to_owned(),
-        });
+    if format != expected {
+        let got = format.to_owned();
+        return Err(Error::OtherFormat { path: path.to_owned(), expected, got });
     }
     if let Some(got) = value.get("version").and_then(Value::as_u64)
-        && got > u64::from(FORMAT_VERSION)
+        && got > u64::from(newest)
     {
-        return Err(Error::NewerFormat { path: path.to_owned(), newest: FORMAT_VERSION, got });
+        return Err(Error::NewerFormat { path: path.to_owned(), newest, got });
     }
-    serde_json::from_value(value).map_err(|source| Error::Json { path: path.to_owned(), source })
+    Ok((serde_json::from_value(value).map_err(bad)?, Digest::of(&bytes)))
 }

@@ -349,7 +349,8 @@ fn assemble(
         });
     }
     let mut data = journals.iter().map(Journal::data).collect::<Result<Vec<Data>>>()?;
-    let names = Names { tool: &run.tool, base: &run.base, fine_tune: &run.fine_tune };
+    let Run { tool, base, fine_tune, calibration, .. } = run;
+    let names = Names { tool, base, fine_tune, calibration: calibration.as_ref() };
     let stored: Vec<&StoredTensor> = tensors.iter().map(|(done, _)| &done.tensor).collect();
     let Layout { mut manifest, files } = Layout::new(names, &stored)?;
     let folder = StagedFolder::create(target)?;

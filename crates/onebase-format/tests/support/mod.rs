@@ -117,6 +117,7 @@ pub(crate) fn run_of_artifact(shard: Shard) -> Run {
         fine_tune: "tuned".into(),
         inputs: Digest::of(b"inputs"),
         options: Map::new(),
+        calibration: None,
         n_tensors: 4,
         shard,
     }

@@ -59,6 +59,7 @@ pub(crate) fn tenant(model: &Model, edit: impl FnOnce(&mut Value)) -> Tenant {
         fine_tune: "tuned".into(),
         inputs: Digest::of(b""),
         options: Map::new(),
+        calibration: None,
         n_tensors: specs.len(),
         shard: Shard::WHOLE,
     };
