@@ -3,6 +3,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use onebase_tensor::EncodedDelta;
 
 use crate::numerics::{ColumnOrder, HessianFactor};
+use crate::source::reading_bytes;
 use crate::{CALIBRATED, Codec, CodecSpec, DeltaSource, Options, Result};
 
 /// The second moment `Σ x xᵀ` of the inputs of a site, up to a positive factor:
@@ -105,5 +106,12 @@ impl CodecSpec {
     /// The codec as one that can be calibrated, if it can.
     pub fn calibrated(&self) -> Option<&'static dyn Calibrated> {
         CALIBRATED.iter().copied().find(|codec| codec.name() == self.codec().name())
+    }
+
+    /// [`Calibrated::calibrated_bytes`] with these options, and the blocks that are read by
+    /// as many threads; `None` of a codec that cannot be calibrated.
+    pub fn calibrated_bytes(&self, shape: [usize; 2], n_threads: usize) -> Option<usize> {
+        let codec = self.calibrated()?;
+        Some(codec.calibrated_bytes(self.options(), shape) + reading_bytes(shape, n_threads))
     }
 }

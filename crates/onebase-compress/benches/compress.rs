@@ -10,7 +10,6 @@
 // Helpers of benchmarks may panic as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
@@ -45,12 +44,7 @@ fn read(dir: &Path) -> f64 {
 }
 
 fn report(base: &Path, fine_tune: &Path, codec: &CodecSpec) {
-    let plan = Plan {
-        linear: codec.clone(),
-        tables: TablePlan::Codec(codec.clone()),
-        vectors: VectorPlan::Exact,
-        sites: BTreeMap::new(),
-    };
+    let plan = Plan::new(codec.clone(), TablePlan::Codec(codec.clone()), VectorPlan::Exact);
     let out = tempfile::tempdir_in(".").unwrap();
     for round in 0..ROUNDS {
         let reading = read(base) + read(fine_tune);

@@ -1,10 +1,12 @@
 use onebase_codec::{CodecSpec, DeltaSource, Kind, read_finite};
 use onebase_format::artifact::Role;
+use onebase_model::TensorSpec;
 use onebase_tensor::PartSpec;
 use rayon::prelude::*;
 use serde_json::Value;
 
 use crate::budget::Known;
+use crate::calibration::quadratic_form;
 use crate::pair::{TensorDelta, read_widened};
 use crate::{Budget, Error, Pair, Plan, Progress, Result};
 
@@ -21,40 +23,46 @@ const HALVINGS: usize = 24;
 struct Rung {
     codec: CodecSpec,
     bytes: usize,
-    /// Squared error over the squared norm of the base's weights.
+    /// Squared error of the delta over the squared norm of the weights, or of the outputs
+    /// of both.
     error: f64,
 }
 
 impl Budget {
     /// Gives each linear site of a plan that is within the budget a size of its own, so
-    /// that the sum over the sites of `‖Δ − Δ̂‖² / ‖W‖²` is least in the same bytes: every
-    /// site is encoded at several sizes, and bytes go where they lower that sum most.
+    /// that the sum over the sites of `‖Δ − Δ̂‖² / ‖W‖²` is least in the same bytes, `W`
+    /// being the base's weights: every site is encoded at several sizes, and bytes go
+    /// where they lower that sum most. With statistics it is what outputs lose,
+    /// `tr((Δ − Δ̂) M (Δ − Δ̂)ᵀ) / tr(W M Wᵀ)` for the moment `M` of the inputs and the
+    /// fine-tune's weights `W`.
     ///
     /// # Errors
-    /// When the codec cannot choose its bits, or a checkpoint cannot be read.
+    /// When the codec cannot choose its bits or use the plan's statistics, or a checkpoint
+    /// or the statistics cannot be read.
     pub fn allocate(self, pair: &Pair, plan: &Plan, progress: &dyn Progress) -> Result<Plan> {
+        plan.check_calibration()?;
         let known = Known::of(pair)?;
         let candidates = candidates(&plan.linear)?;
-        let sites: Vec<&str> = (0..pair.specs.len())
+        let sites: Vec<&TensorSpec> = (0..pair.specs.len())
             .filter(|index| pair.specs[*index].role == Role::Linear && !known.unchanged[*index])
-            .map(|index| pair.specs[index].name.as_str())
+            .map(|index| &pair.specs[index])
             .collect();
         let mut total = 0;
         for site in &sites {
-            total += pair.fine_tune.tensor(site)?.size_bytes() as u64;
+            total += pair.fine_tune.tensor(&site.name)?.size_bytes() as u64;
         }
         progress.begin(total);
         let mut ladders = Vec::new();
         for site in &sites {
-            progress.tensor(site);
-            ladders.push(ladder(&candidates, &pair.delta(site)?)?);
-            progress.advance(pair.fine_tune.tensor(site)?.size_bytes() as u64);
+            progress.tensor(&site.name);
+            ladders.push(ladder(&candidates, plan, site, &pair.delta(&site.name)?)?);
+            progress.advance(pair.fine_tune.tensor(&site.name)?.size_bytes() as u64);
         }
         let in_bytes = |n_bytes: usize| {
             let chosen = choose(&ladders, n_bytes)?;
             let codecs = ladders.iter().zip(chosen).map(|(ladder, rung)| &ladder[rung].codec);
             let named = sites.iter().zip(codecs);
-            let sites = named.map(|(site, codec)| ((*site).to_owned(), codec.clone())).collect();
+            let sites = named.map(|(site, codec)| (site.name.clone(), codec.clone())).collect();
             Some(Plan { sites, ..plan.clone() })
         };
         let mut best = plan.clone();
@@ -114,24 +122,36 @@ fn bytes_of(codec: &CodecSpec, shape: [usize; 2]) -> Result<usize> {
 
 /// What a site costs and loses at each size; of sizes that are not on the lower convex
 /// hull nothing is kept.
-fn ladder(candidates: &[CodecSpec], delta: &TensorDelta<'_>) -> Result<Vec<Rung>> {
+fn ladder(
+    candidates: &[CodecSpec],
+    plan: &Plan,
+    site: &TensorSpec,
+    delta: &TensorDelta<'_>,
+) -> Result<Vec<Rung>> {
+    let n_cols = delta.shape()[1];
+    let moment = plan.moment(site)?;
+    let weigh = |rows: &[f32]| match &moment {
+        Some(moment) => quadratic_form(rows, n_cols, moment.values()),
+        None => rows.iter().map(|v| f64::from(*v).powi(2)).sum(),
+    };
+    let whole = if moment.is_some() { &delta.fine_tune } else { &delta.base };
     let norm = sum_over_blocks(delta, |rows| {
-        let n_cols = delta.shape()[1];
         let mut weights = vec![0.0; rows.len() * n_cols];
-        let offset = rows.start * n_cols * delta.base.dtype().size_bytes();
-        read_widened(&delta.base, offset, &mut weights)?;
-        Ok(weights.iter().map(|w| f64::from(*w).powi(2)).sum())
+        let offset = rows.start * n_cols * whole.dtype().size_bytes();
+        read_widened(whole, offset, &mut weights)?;
+        Ok(weigh(&weights))
     })?;
     let mut hull: Vec<Rung> = Vec::new();
     for codec in candidates {
         let draft = codec.draft();
-        let encoded = draft.encode(delta).map_err(|e| delta.explain(e))?;
+        let encoded = plan.encode(site, &draft, delta)?;
         let prepared = draft.prepare(encoded).map_err(|e| delta.explain(e))?;
         let lost = sum_over_blocks(delta, |rows| {
             let wanted = read_finite(delta, rows.clone()).map_err(|e| delta.explain(e))?;
             let mut got = vec![0.0; wanted.len()];
             prepared.write_rows(rows, &mut got);
-            Ok(wanted.iter().zip(&got).map(|(w, g)| f64::from(w - g).powi(2)).sum())
+            got.iter_mut().zip(&wanted).for_each(|(got, wanted)| *got = wanted - *got);
+            Ok(weigh(&got))
         })?;
         let rung = Rung {
             codec: codec.clone(),

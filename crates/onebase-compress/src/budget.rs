@@ -219,7 +219,13 @@ impl Known {
                 }
             });
         }
-        let names = Names { tool: TOOL, base: &self.base, fine_tune: &self.fine_tune };
+        let calibration = plan.calibration.as_ref().map(|calibration| calibration.record());
+        let names = Names {
+            tool: TOOL,
+            base: &self.base,
+            fine_tune: &self.fine_tune,
+            calibration: calibration.as_ref(),
+        };
         let tensors: Vec<&StoredTensor> = tensors.iter().collect();
         Ok(predicted_sizes(names, &tensors, &self.side_files, model_card)?)
     }

@@ -55,8 +55,9 @@ pub fn compress(
 /// too, for [`join`]: then there is no artifact yet.
 ///
 /// # Errors
-/// When something cannot be read, a weight is NaN or ∞, the fine-tune is the base, what
-/// is left is of another run or of checkpoints that have changed since, or something
+/// When something cannot be read, a weight is NaN or ∞, the fine-tune is the base, the plan
+/// has statistics that a linear site's codec cannot use or that were altered, what is left
+/// is of another run or of checkpoints that have changed since, or something
 /// cannot be written. Nothing is under the folder's name then.
 pub fn compress_part(
     pair: &Pair,
@@ -65,6 +66,7 @@ pub fn compress_part(
     target: &Path,
     progress: &dyn Progress,
 ) -> Result<Option<(Manifest, Sizes)>> {
+    plan.check_calibration()?;
     if !pair.is_changed()? {
         return Err(Error::NoChange { path: pair.fine_tune.dir().to_owned() });
     }
@@ -81,6 +83,7 @@ pub fn compress_part(
             ("vectors".to_owned(), plan.vectors.to_string().into()),
             ("sites".to_owned(), Value::Object(sites.collect())),
         ]),
+        calibration: plan.calibration.as_ref().map(|calibration| calibration.record()),
         n_tensors: pair.specs.len(),
         shard: job.shard,
     };
@@ -190,8 +193,8 @@ fn put_tensor(
         return Ok(writer.put(StoredTensor::exact(origin(base?, of_fine_tune?)), &bytes)?);
     };
     let source = TensorDelta::new(base, fine_tune);
-    let ((base_digest, digest), delta) = rayon::join(digests, || codec.encode(&source));
-    let delta = delta.map_err(|e| source.explain(e))?;
+    let ((base_digest, digest), delta) = rayon::join(digests, || plan.encode(spec, codec, &source));
+    let delta = delta?;
     let base_bytes = base.n_weights() * fine_tune.dtype().size_bytes();
     let added_rows = read_finite(&fine_tune, base_bytes)?;
     let origin = origin(base_digest?, digest?);

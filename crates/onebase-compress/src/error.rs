@@ -1,5 +1,7 @@
 use std::path::PathBuf;
 
+use onebase_format::artifact::BaseRecord;
+
 /// Why a model could not be compressed, verified or restored.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -74,6 +76,33 @@ pub enum Error {
         /// The codec.
         codec: String,
     },
+    /// A codec cannot weigh errors by the inputs of a site.
+    #[error("codec {codec} cannot be calibrated by statistics")]
+    NotCalibrated {
+        /// The codec.
+        codec: &'static str,
+        /// The codecs that can.
+        known: Vec<&'static str>,
+    },
+    /// Statistics are of neither model of a pair.
+    #[error("{}: of the model {}, expected those of {}", path.display(), model(got),
+        expected.iter().map(model).collect::<Vec<_>>().join(" or "))]
+    OtherStatistics {
+        /// The statistics.
+        path: PathBuf,
+        /// The base and the fine-tune.
+        expected: Vec<BaseRecord>,
+        /// The model that was measured.
+        got: BaseRecord,
+    },
+    /// What a site reads is NaN or ∞, or too large to be squared.
+    #[error("{}: {input}: the inputs are no finite numbers", path.display())]
+    InputNotFinite {
+        /// The model.
+        path: PathBuf,
+        /// The input.
+        input: String,
+    },
     /// A text is too short to fit scales on a part of it and judge them on another.
     #[error("a text of {n_tokens} tokens, expected at least {least}")]
     ShortText {
@@ -121,13 +150,29 @@ impl Error {
             Error::UnknownSize { .. } => {
                 Some("choose its size by its own options instead of a budget".into())
             }
+            Error::NotCalibrated { known, .. } if known.is_empty() => {
+                Some("leave out --statistics: no codec can".into())
+            }
+            Error::NotCalibrated { known, .. } => {
+                Some(format!("{} can; or leave out --statistics", known.join(", ")))
+            }
+            Error::OtherStatistics { .. } => {
+                Some("measure the base or the fine-tune with `onebase calibrate`".into())
+            }
             Error::ShortText { .. } => {
                 Some("give a longer text, or more of it with --distill-tokens".into())
             }
-            Error::LogitsNotFinite { .. } => Some("look for weights of extreme size".into()),
+            Error::LogitsNotFinite { .. } | Error::InputNotFinite { .. } => {
+                Some("look for weights of extreme size".into())
+            }
             Error::NoChange { .. } => {
                 Some("give the fine-tuned checkpoint; there is no delta to store".into())
             }
         }
     }
+}
+
+/// A model as people and programs tell it from others.
+fn model(record: &BaseRecord) -> String {
+    format!("{} ({})", record.name, record.blake3)
 }

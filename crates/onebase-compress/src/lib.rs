@@ -5,6 +5,7 @@
 
 mod allocate;
 mod budget;
+mod calibration;
 mod compress;
 mod distill;
 mod error;
@@ -17,6 +18,10 @@ mod restore;
 mod verify;
 
 pub use budget::Budget;
+pub use calibration::{
+    Calibration, InputMoment, LayerMoments, MomentRun, WINDOW_TOKENS, calibrate, check_calibrated,
+    generated_tokens, quadratic_form, random_tokens,
+};
 pub use compress::{Job, compress, compress_part, join};
 pub use distill::{DistillText, Distilled, distill};
 pub use error::Error;

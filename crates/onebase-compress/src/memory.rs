@@ -1,4 +1,5 @@
 use onebase_codec::DeltaSource as _;
+use onebase_format::artifact::Role;
 use onebase_format::{CONFIG_FILE, SIDE_FILES};
 
 use crate::pair::TensorDelta;
@@ -34,7 +35,11 @@ pub fn expected_memory(pair: &Pair, plan: &Plan, n_threads: usize) -> Result<Exp
             Some(codec) => {
                 let delta = TensorDelta::new(base, fine_tune);
                 let added = (fine_tune.n_weights() - base.n_weights()) * size_of::<f32>();
-                codec.working_bytes(delta.shape(), n_threads) + added
+                let weighed = (spec.role == Role::Linear && plan.calibration.is_some())
+                    .then(|| codec.calibrated_bytes(delta.shape(), n_threads));
+                // An expert's inputs may be unknown: it is encoded without them.
+                let working = codec.working_bytes(delta.shape(), n_threads);
+                working.max(weighed.flatten().unwrap_or(0)) + added
             }
             None => fine_tune.size_bytes() + BLOCK_BYTES,
         };

@@ -1,10 +1,16 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
-use onebase_codec::CodecSpec;
+use onebase_codec::{CodecSpec, SecondMoment};
 use onebase_format::artifact::Role;
 use onebase_model::TensorSpec;
+use onebase_tensor::EncodedDelta;
+
+use crate::calibration::check_calibrated;
+use crate::pair::TensorDelta;
+use crate::{Calibration, Result};
 
 /// How exact storage is written.
 const EXACT: &str = "exact";
@@ -20,9 +26,59 @@ pub struct Plan {
     pub vectors: VectorPlan,
     /// Linear sites that have a codec of their own, by the tensor's name.
     pub sites: BTreeMap<String, CodecSpec>,
+    /// Statistics by which the errors of linear sites are weighed.
+    pub calibration: Option<Arc<Calibration>>,
 }
 
 impl Plan {
+    /// A plan with one codec for all linear sites, and no statistics.
+    pub fn new(linear: CodecSpec, tables: TablePlan, vectors: VectorPlan) -> Self {
+        Self { linear, tables, vectors, sites: BTreeMap::new(), calibration: None }
+    }
+
+    /// Checks that each linear site has a codec that can use the statistics, if there are
+    /// some.
+    ///
+    /// # Errors
+    /// When one has not.
+    pub fn check_calibration(&self) -> Result<()> {
+        if self.calibration.is_none() {
+            return Ok(());
+        }
+        self.sites.values().chain([&self.linear]).try_for_each(check_calibrated)
+    }
+
+    /// Encodes the delta of a tensor, a linear site's with the moment of its inputs where
+    /// that is known.
+    pub(crate) fn encode(
+        &self,
+        tensor: &TensorSpec,
+        codec: &CodecSpec,
+        delta: &TensorDelta<'_>,
+    ) -> Result<EncodedDelta> {
+        let encoded = match (self.moment(tensor)?, codec.calibrated()) {
+            (Some(moment), Some(calibrated)) => {
+                calibrated.encode_calibrated(codec.options(), delta, &moment)
+            }
+            _ => codec.encode(delta),
+        };
+        encoded.map_err(|e| delta.explain(e))
+    }
+
+    /// The moment of the inputs of a linear site, where it is known.
+    pub(crate) fn moment(&self, tensor: &TensorSpec) -> Result<Option<Arc<SecondMoment>>> {
+        let Some(calibration) = &self.calibration else { return Ok(None) };
+        match tensor.role {
+            Role::Linear => calibration.moment(tensor),
+            Role::Embedding | Role::Head => {
+                // Tables are the largest tensors: a moment beside them helps nobody.
+                calibration.forget();
+                Ok(None)
+            }
+            Role::Vector => Ok(None),
+        }
+    }
+
     /// The codec of a tensor of this shape; `None` where it is stored as it is.
     pub fn codec(&self, tensor: &TensorSpec, shape: &[usize]) -> Option<&CodecSpec> {
         match (tensor.role, &self.tables, &self.vectors) {

@@ -5,7 +5,7 @@
 
 mod support;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use onebase_codec::{CODECS, CodecSpec, DeltaSource as _};
 use onebase_compress::{Budget, Error, Pair, Plan, Silent, TablePlan, VectorPlan, compress};
@@ -18,12 +18,11 @@ fn pair_of_demo() -> Pair {
 
 fn fitted(pair: &Pair, budget: &str, codec: &str, tables: Option<&str>) -> Result<Sizes, Error> {
     let budget: Budget = budget.parse().unwrap();
-    let plan = Plan {
-        linear: codec.parse().unwrap(),
-        tables: tables.unwrap_or(codec).parse().unwrap(),
-        vectors: VectorPlan::Exact,
-        sites: BTreeMap::new(),
-    };
+    let plan = Plan::new(
+        codec.parse().unwrap(),
+        tables.unwrap_or(codec).parse().unwrap(),
+        VectorPlan::Exact,
+    );
     let plan = budget.fit(pair, &plan, tables.is_none())?;
     let dir = tempfile::tempdir().unwrap();
     Ok(compress(pair, &plan, &dir.path().join("out"), &Silent).unwrap().1)
@@ -115,12 +114,7 @@ fn an_allocated_budget_is_kept_and_gains() {
     let pair = pair_of_demo();
     let budget: Budget = "2.1bpw".parse().unwrap();
     for codec in ["low-rank", "rtn"] {
-        let plan = Plan {
-            linear: codec.parse().unwrap(),
-            tables: TablePlan::Exact,
-            vectors: VectorPlan::Exact,
-            sites: BTreeMap::new(),
-        };
+        let plan = Plan::new(codec.parse().unwrap(), TablePlan::Exact, VectorPlan::Exact);
         let uniform = budget.fit(&pair, &plan, false).unwrap();
         let allocated = budget.allocate(&pair, &uniform, &Silent).unwrap();
         let n_sizes = allocated.sites.values().map(ToString::to_string).collect::<BTreeSet<_>>();
@@ -134,12 +128,7 @@ fn an_allocated_budget_is_kept_and_gains() {
         });
         assert!(allocated < 0.97 * uniform, "{codec}: {allocated} {uniform}");
     }
-    let dense = Plan {
-        linear: "dense".parse().unwrap(),
-        tables: TablePlan::Exact,
-        vectors: VectorPlan::Exact,
-        sites: BTreeMap::new(),
-    };
+    let dense = Plan::new("dense".parse().unwrap(), TablePlan::Exact, VectorPlan::Exact);
     let error = budget.allocate(&pair, &dense, &Silent).unwrap_err();
     assert!(matches!(error, Error::OneSize { .. }), "{error:?}");
     assert!(error.hint().unwrap().contains("--allocate"));

@@ -1,9 +1,7 @@
 use onebase_codec::{DeltaSource, read_finite};
-use onebase_compress::{Pair, prepared};
+use onebase_compress::{Pair, prepared, quadratic_form};
 use onebase_format::artifact::{Artifact, DeltaError};
-use onebase_kernels::Backend;
 use onebase_model::{Model, TensorSpec};
-use onebase_tensor::{MatrixMut, MatrixRef, WeightRef};
 use serde::Serialize;
 
 use crate::activations::{Calibration, SecondMoment, map_sites};
@@ -133,31 +131,9 @@ fn for_each_block(
     Ok(())
 }
 
-/// `tr(R H Rᵀ)` of rows `R`, `[n, n_cols]`, and a symmetric `H`, `[n_cols, n_cols]`.
-fn quadratic_form(rows: &[f32], n_cols: usize, h: &[f32]) -> f64 {
-    let n_rows = rows.len() / n_cols;
-    let mut product = vec![0.0; rows.len()];
-    let (Ok(r), Ok(mut y)) =
-        (MatrixRef::new(rows, n_rows, n_cols), MatrixMut::new(&mut product, n_rows, n_cols))
-    else {
-        unreachable!("the buffers hold whole rows")
-    };
-    Backend::active().add_dense(WeightRef::F32(h), r, &mut y);
-    let sum: f64 = rows.iter().zip(&product).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
-    // Never negative but for rounding.
-    sum.max(0.0)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_quadratic_form_by_hand() {
-        // Rows (1, 2) and (0, 3), H = [[2, 1], [1, 4]]: 2 + 4 + 16 and 36.
-        let got = quadratic_form(&[1.0, 2.0, 0.0, 3.0], 2, &[2.0, 1.0, 1.0, 4.0]);
-        assert!((got - 58.0).abs() < 1e-5, "{got}");
-    }
 
     #[test]
     fn totals_weigh_sites_by_their_energy() {

@@ -54,12 +54,7 @@ fn errors_in_output_space_are_those_of_the_tokens_that_an_expert_got() {
     let fine_tune = place.path().join("tuned");
     tuned(&base, &fine_tune);
     let pair = Pair::open(&base, &fine_tune).unwrap();
-    let plan = Plan {
-        linear: "sign".parse().unwrap(),
-        tables: TablePlan::Exact,
-        vectors: VectorPlan::Exact,
-        sites: BTreeMap::new(),
-    };
+    let plan = Plan::new("sign".parse().unwrap(), TablePlan::Exact, VectorPlan::Exact);
     compress(&pair, &plan, &place.path().join("a"), &Silent).unwrap();
     let artifact = Artifact::open(&place.path().join("a")).unwrap();
     let model = Model::load(Checkpoint::open(&fine_tune).unwrap()).unwrap();

@@ -4,7 +4,6 @@
 // Helpers of tests may panic as tests do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use onebase_compress::{Pair, Plan, Silent, TablePlan, VectorPlan, compress};
@@ -38,12 +37,7 @@ fn figures_are_those_of_pytorch() {
         let folder = family.join(name);
         let place = tempfile::tempdir().unwrap();
         let out = place.path().join("a");
-        let plan = Plan {
-            linear: codec.clone(),
-            tables: TablePlan::Codec(codec.clone()),
-            vectors: VectorPlan::Exact,
-            sites: BTreeMap::new(),
-        };
+        let plan = Plan::new(codec.clone(), TablePlan::Codec(codec.clone()), VectorPlan::Exact);
         let pair = Pair::open(&family.join("base"), &folder).unwrap();
         compress(&pair, &plan, &out, &Silent).unwrap();
 

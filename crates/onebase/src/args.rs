@@ -32,6 +32,8 @@ pub(crate) struct Args {
 pub(crate) enum Command {
     /// Compress a fine-tune into a delta artifact
     Compress(CompressArgs),
+    /// Measure what a model's linear sites read, for codecs that weigh errors by it
+    Calibrate(CalibrateArgs),
     /// Join the shards of an artifact that `compress --shard` has made
     Finalize(FinalizeArgs),
     /// Show what an artifact holds and what it costs
@@ -86,6 +88,10 @@ pub(crate) struct CompressArgs {
     /// Throw away what an interrupted run has done, instead of going on with it
     #[arg(long)]
     pub(crate) restart: bool,
+    /// Statistics of the base or the fine-tune, from `onebase calibrate`: errors of linear sites
+    /// are weighed by their inputs
+    #[arg(long, value_name = "STATS")]
+    pub(crate) statistics: Option<PathBuf>,
     /// A plain text: a factor for each linear site is fitted so that the logits on it are the
     /// fine-tune's (BitDelta's scale distillation). A run that is killed begins anew then
     #[arg(long, value_name = "TEXT", conflicts_with_all = ["budget", "shard"])]
@@ -94,6 +100,43 @@ pub(crate) struct CompressArgs {
     #[arg(long, value_name = "N", default_value = "4096", value_parser = positive,
         requires = "distill")]
     pub(crate) distill_tokens: usize,
+}
+
+/// Where tokens are from: one of three.
+#[derive(Debug, clap::Args)]
+#[group(required = true, multiple = false)]
+pub(crate) struct TokensArgs {
+    /// A plain text; never one that the model is judged by
+    #[arg(long, value_name = "FILE")]
+    pub(crate) text: Option<PathBuf>,
+    /// N tokens that the model itself writes, at temperature 1
+    #[arg(long, value_name = "N", value_parser = positive)]
+    pub(crate) generate: Option<usize>,
+    /// N tokens of the vocabulary, each as likely as any other
+    #[arg(long, value_name = "N", value_parser = positive)]
+    pub(crate) random: Option<usize>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct CalibrateArgs {
+    /// Checkpoint folder of the model, a base or a fine-tune
+    pub(crate) model: PathBuf,
+    /// Folder of the statistics to write
+    #[arg(short, long, value_name = "STATS")]
+    pub(crate) out: PathBuf,
+    #[command(flatten)]
+    pub(crate) source: TokensArgs,
+    /// Tokens of the text to use, the first ones
+    #[arg(long, value_name = "N", default_value = "131072", value_parser = positive,
+        conflicts_with_all = ["generate", "random"])]
+    pub(crate) tokens: usize,
+    /// Tokens that are run as one document
+    #[arg(long, value_name = "TOKENS", default_value_t = onebase_compress::WINDOW_TOKENS,
+        value_parser = positive)]
+    pub(crate) window: usize,
+    /// Seed of the draws
+    #[arg(long, default_value_t = 0, conflicts_with = "text")]
+    pub(crate) seed: u64,
 }
 
 #[derive(Debug, clap::Args)]
@@ -199,6 +242,10 @@ pub(crate) struct CompareArgs {
     /// How embeddings and head are stored: `exact`, or a codec; each one's own unless given
     #[arg(long, value_parser = tables)]
     pub(crate) embeddings: Option<TablePlan>,
+    /// Statistics of the base or the fine-tune, from `onebase calibrate`, for the codecs that can
+    /// use them
+    #[arg(long, value_name = "STATS")]
+    pub(crate) statistics: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) measure: MeasureArgs,
     /// The report, an HTML file; its data goes beside it with the ending `.json`

@@ -84,6 +84,7 @@ fn open_writer(
             "distillation".to_owned(),
             format!("{} tokens of {}", text.record.n_tokens, text.record.blake3).into(),
         )]),
+        calibration: of.calibration.clone(),
         n_tensors,
         shard: Shard::WHOLE,
     };

@@ -189,12 +189,11 @@ pub(crate) fn plan(codec: &str) -> Plan {
         Some(codec) => (codec, "exact"),
         None => (codec, codec),
     };
-    Plan {
-        linear: codec.parse().unwrap(),
-        tables: tables.parse::<TablePlan>().unwrap(),
-        vectors: vectors.parse::<VectorPlan>().unwrap(),
-        sites: BTreeMap::new(),
-    }
+    Plan::new(
+        codec.parse().unwrap(),
+        tables.parse::<TablePlan>().unwrap(),
+        vectors.parse::<VectorPlan>().unwrap(),
+    )
 }
 
 /// A base, a fine-tune and a place for what is made from them.

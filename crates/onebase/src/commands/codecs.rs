@@ -1,4 +1,4 @@
-use onebase_codec::CODECS;
+use onebase_codec::{CALIBRATED, CODECS};
 use serde_json::{Value, json};
 
 use crate::output::{Output, table};
@@ -19,6 +19,7 @@ pub(crate) fn run(output: &Output) -> anyhow::Result<()> {
                 "name": codec.name(),
                 "version": codec.version(),
                 "summary": codec.summary(),
+                "uses_statistics": CALIBRATED.iter().any(|c| c.name() == codec.name()),
                 "options": options.collect::<Vec<_>>(),
             })
         })

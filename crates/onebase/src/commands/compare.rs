@@ -1,3 +1,4 @@
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -5,7 +6,7 @@ use anyhow::{Context as _, bail};
 use clap::CommandFactory as _;
 use clap::error::ErrorKind;
 use onebase_codec::{CODECS, CodecSpec};
-use onebase_compress::TablePlan;
+use onebase_compress::{Calibration, Pair, TablePlan, check_calibrated};
 use onebase_eval::{Comparison, Cost, Input, Plan, TextFile, Variant, compare};
 use onebase_format::artifact::TaskQuality;
 use onebase_format::write_file;
@@ -36,6 +37,9 @@ pub(crate) fn run(args: &CompareArgs, output: &Output) -> anyhow::Result<()> {
         tests: args.measure.tests()?,
         calibration: args.measure.calibration.as_deref().map(TextFile::read).transpose()?,
     };
+    if let Some(statistics) = &args.statistics {
+        check_statistics(args, &plan, statistics)?;
+    }
     // Hours later would be late to learn that the report cannot be written.
     check_writable(&args.out, &data_path)?;
     let around = match args.out.parent() {
@@ -76,6 +80,18 @@ pub(crate) fn run(args: &CompareArgs, output: &Output) -> anyhow::Result<()> {
         ));
         text
     })
+}
+
+/// Checks that statistics are of the pair and that some codec can use them.
+fn check_statistics(args: &CompareArgs, plan: &Plan, statistics: &Path) -> anyhow::Result<()> {
+    let refused: Vec<_> = plan.codecs().filter_map(|codec| check_calibrated(codec).err()).collect();
+    if refused.len() == plan.codecs().count()
+        && let Some(error) = refused.into_iter().next_back()
+    {
+        return Err(error.into());
+    }
+    Calibration::open(statistics, &Pair::open(&args.base, &args.fine_tune)?)?;
+    Ok(())
 }
 
 /// Ends the program as clap does for arguments that it refuses.
@@ -122,11 +138,13 @@ fn compress_apart(
     target: &Path,
 ) -> anyhow::Result<Cost> {
     let program = std::env::current_exe().context("cannot find this program")?;
+    let statistics = args.statistics.iter().filter(|_| codec.calibrated().is_some());
     let run = Command::new(program)
         .args(["compress", "--json", "--threads", &rayon::current_num_threads().to_string()])
         .args(["--codec", &codec.to_string(), "--embeddings", &tables.to_string()])
         .arg("--out")
         .arg(target)
+        .args(statistics.flat_map(|path| [OsStr::new("--statistics"), path.as_os_str()]))
         // Whatever a folder is called, it is no option.
         .arg("--")
         .args([&args.base, &args.fine_tune])

@@ -1,12 +1,12 @@
-use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context as _, bail};
 use onebase_codec::{Stage, stage_seconds};
 use onebase_compress::{
-    DistillText, Distilled, Job, Pair, Plan, Progress, TablePlan, compress, compress_part, distill,
-    expected_memory,
+    Calibration, DistillText, Distilled, Job, Pair, Plan, Progress, TablePlan, check_calibrated,
+    compress, compress_part, distill, expected_memory,
 };
 use onebase_eval::{TextFile, Watcher as _};
 use onebase_format::Checkpoint;
@@ -95,12 +95,18 @@ pub(crate) fn run(args: &CompressArgs, output: &Output) -> anyhow::Result<()> {
     let start = Instant::now();
     let pair = Pair::open(&args.base, &args.fine_tune)?;
     let codec = &args.codec.spec;
-    let plan = Plan {
-        linear: codec.clone(),
-        tables: args.embeddings.clone().unwrap_or_else(|| TablePlan::Codec(codec.clone())),
-        vectors: args.vectors.clone(),
-        sites: BTreeMap::new(),
-    };
+    // What a wrong command says is said before whole models are read.
+    if args.statistics.is_some() {
+        check_calibrated(codec)?;
+    }
+    let statistics = args.statistics.as_deref();
+    let calibration = statistics.map(|dir| Calibration::open(dir, &pair)).transpose()?;
+    let mut plan = Plan::new(
+        codec.clone(),
+        args.embeddings.clone().unwrap_or_else(|| TablePlan::Codec(codec.clone())),
+        args.vectors.clone(),
+    );
+    plan.calibration = calibration.map(Arc::new);
     let plan = match args.budget {
         Some(_) if args.codec.has_size => {
             bail!("{codec} says its size, so that --budget cannot choose it; give one of them")

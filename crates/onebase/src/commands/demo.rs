@@ -1,4 +1,3 @@
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -108,12 +107,7 @@ fn fine_tune_rows(
     for codec in codecs()? {
         let target = artifact_dir(out, fine_tune, &codec);
         let bar = Bar::new(&format!("{fine_tune}, {codec}"));
-        let plan = Plan {
-            linear: codec.clone(),
-            tables: TablePlan::Codec(codec.clone()),
-            vectors: VectorPlan::Exact,
-            sites: BTreeMap::new(),
-        };
+        let plan = Plan::new(codec.clone(), TablePlan::Codec(codec.clone()), VectorPlan::Exact);
         let (_, sizes) = compress(&pair, &plan, &target, &bar)?;
         bar.finish();
         let tenant = Tenant::load(model, &Artifact::open(&target)?)?;

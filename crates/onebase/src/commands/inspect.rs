@@ -2,6 +2,7 @@ use std::collections::BTreeMap;
 
 use onebase_codec::CodecSpec;
 use onebase_format::artifact::{Artifact, CodecRecord, Manifest, Sizes, Storage};
+use onebase_format::statistics::StatisticsRecord;
 use serde_json::json;
 
 use crate::args::InspectArgs;
@@ -25,6 +26,7 @@ pub(crate) fn run(args: &InspectArgs, output: &Output) -> anyhow::Result<()> {
         "effective_bpw_total": sizes.effective_bpw_total(),
         "codecs": manifest.codecs,
         "files": manifest.files,
+        "calibration": manifest.calibration,
         "quality": manifest.quality,
     });
     if args.tensors {
@@ -66,6 +68,10 @@ pub(crate) fn summary_rows(manifest: &Manifest, sizes: &Sizes) -> Vec<Vec<String
         *stored.entry(format!("{role}, {how}")).or_insert(0) += 1;
     }
     rows.extend(stored.into_iter().map(|(what, n)| [what, format!("{n} tensors")]));
+    if let Some(StatisticsRecord { source, n_tokens, model, .. }) = &manifest.calibration {
+        let value = format!("{source} ({n_tokens} tokens, inputs of {})", model.name);
+        rows.push(["statistics".to_owned(), value]);
+    }
     let mut rows: Vec<Vec<String>> = rows.into_iter().map(Vec::from).collect();
     if let Some(quality) = &manifest.quality() {
         for task in &quality.tasks {
