@@ -1,6 +1,7 @@
 //! The options of codecs that round with the second moment of inputs.
 
 use crate::numerics::{self, ColumnOrder};
+use crate::svd_space::Target;
 use crate::{Kind, OptionSpec, Options};
 
 /// Elements that share a range.
@@ -16,6 +17,22 @@ pub(crate) const ORDER: OptionSpec = OptionSpec {
     doc: "which inputs are rounded first: the largest, or as they are",
     kind: Kind::Choice(&["activation", "index"]),
 };
+
+/// What `u` is fitted to once `v` has its codes.
+pub(crate) const TARGET: OptionSpec = OptionSpec {
+    name: "target",
+    doc: "what u is fitted to: nothing, the pairs that are kept, or the whole delta",
+    kind: Kind::Choice(&["none", "kept", "delta"]),
+};
+
+/// What [`TARGET`] says.
+pub(crate) fn target(options: &Options) -> Target {
+    match options.choice(TARGET.name) {
+        "delta" => Target::Delta,
+        "kept" => Target::Kept,
+        _ => Target::Vectors,
+    }
+}
 
 /// Of GPTQ.
 pub(crate) const DAMPING: OptionSpec = OptionSpec {

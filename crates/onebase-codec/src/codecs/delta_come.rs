@@ -12,14 +12,15 @@
 //! program), so that no permutation is stored. Blocks of all widths are finished before
 //! anything is run with them, and no layer is run twice; factors are not rounded to bf16 before
 //! they have codes. Where no second moment is known, all inputs are taken for alike: `v` is then
-//! rounded to the nearest.
+//! rounded to the nearest. The option `target` adds what the codec `deltamix` corrects; it is not
+//! part of the paper.
 
 use onebase_tensor::{EncodedDelta, PartShapes, PartSpec};
 
-use crate::calibration_options::{DAMPING, GROUP_SIZE, ORDER, order};
+use crate::calibration_options::{DAMPING, GROUP_SIZE, ORDER, TARGET, order, target};
 use crate::codec::DeltaLinear;
 use crate::svd_options::{SEED, SVD, svd_method};
-use crate::svd_space::{Blocks, Grids, Layout, Method, Target, encode, encode_bytes};
+use crate::svd_space::{Blocks, Grids, Layout, Method, encode, encode_bytes};
 use crate::{Calibrated, Codec, DeltaSource, Kind, OptionSpec, Options, Result, SecondMoment};
 
 /// Parts: see [`Layout`], with groups.
@@ -49,6 +50,7 @@ impl Codec for DeltaCome {
                 doc: "bits per weight of the codes, without scales; at least one pair of vectors",
                 kind: Kind::Number { min: 0.05, max: 16.0, default: 1.0 },
             },
+            TARGET,
             GROUP_SIZE,
             ORDER,
             DAMPING,
@@ -129,7 +131,7 @@ fn method(options: &Options) -> Method {
         order: order(options),
         damping: options.number(DAMPING.name),
         blend: 0.0,
-        target: Target::Vectors,
+        target: target(options),
         sweeps: 0,
     }
 }

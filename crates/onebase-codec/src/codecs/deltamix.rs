@@ -25,13 +25,13 @@
 use onebase_kernels::plane_bytes;
 use onebase_tensor::{EncodedDelta, PartShapes, PartSpec};
 
-use crate::calibration_options::{DAMPING, GROUP_SIZE, ORDER, order};
+use crate::calibration_options::{DAMPING, GROUP_SIZE, ORDER, TARGET, order, target};
 use crate::codec::DeltaLinear;
 use crate::numerics::{Width, allocate};
 use crate::stages::{Stage, timed};
 use crate::svd_options::{SEED, SVD, svd_method};
 use crate::svd_space::{
-    Blocks, Choice, Grids, Layout, MAX_WIDTH, Method, Target, encode, encode_bytes, relative_error,
+    Blocks, Choice, Grids, Layout, MAX_WIDTH, Method, encode, encode_bytes, relative_error,
 };
 use crate::{Calibrated, Codec, DeltaSource, Kind, OptionSpec, Options, Result, SecondMoment};
 
@@ -73,11 +73,7 @@ impl Codec for DeltaMix {
                 doc: "what shares a scale: a pair of vectors, or a group of a row",
                 kind: Kind::Choice(&["pair", "group"]),
             },
-            OptionSpec {
-                name: "target",
-                doc: "what u is fitted to: the whole delta, the pairs that are kept, or nothing",
-                kind: Kind::Choice(&["delta", "kept", "none"]),
-            },
+            OptionSpec { kind: Kind::Choice(&["delta", "kept", "none"]), ..TARGET },
             OptionSpec {
                 name: "sweeps",
                 doc: "times that v is fitted to u again, and u to v",
@@ -160,11 +156,7 @@ fn method(options: &Options) -> Method {
         order: order(options),
         damping: options.number(DAMPING.name),
         blend: options.number("blend"),
-        target: match options.choice("target") {
-            "delta" => Target::Delta,
-            "kept" => Target::Kept,
-            _ => Target::Vectors,
-        },
+        target: target(options),
         sweeps: options.int("sweeps"),
     }
 }

@@ -422,7 +422,7 @@ fn check_padding(part: &str, planes: &[u8], first: usize, n: usize) -> Result<()
 
 /// Planes of pairs, `[rank, width, plane_bytes(n_rows)]`, as planes of rows,
 /// `[n_rows, width, plane_bytes(rank)]`.
-fn rows_of(planes: &[u8], width: usize, n_rows: usize, rank: usize) -> Vec<u8> {
+pub(super) fn rows_of(planes: &[u8], width: usize, n_rows: usize, rank: usize) -> Vec<u8> {
     let (from, to) = (plane_bytes(n_rows), plane_bytes(rank));
     let mut out = vec![0; n_rows * width * to];
     for eight in 0..rank.div_ceil(8) {

@@ -4,6 +4,8 @@
 mod blocks;
 mod planes;
 mod round;
+#[cfg(test)]
+mod tests;
 mod weighing;
 
 use half::bf16;
