@@ -149,7 +149,7 @@ fn sweeps_never_lose() {
                 let delta_of = encode(&source, Some(&moment), &method, 10, &choose).unwrap();
                 let mut out = vec![0.0; m * n];
                 Blocks::new(grids, delta_of).unwrap().write_rows(0..m, &mut out);
-                let identity = |at: usize| if at % (n + 1) == 0 { 1.0 } else { 0.0 };
+                let identity = |at: usize| if at.is_multiple_of(n + 1) { 1.0 } else { 0.0 };
                 let identity: Vec<f64> = (0..n * n).map(identity).collect();
                 let lost: Vec<f64> =
                     delta.iter().zip(&out).map(|(w, d)| w - f64::from(*d)).collect();
