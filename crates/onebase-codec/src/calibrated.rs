@@ -14,7 +14,16 @@ pub struct SecondMoment {
     values: Vec<f32>,
     /// The last factor and what it was asked for with: sites that read the same inputs
     /// follow each other.
-    factor: Mutex<Option<(ColumnOrder, f64, Arc<HessianFactor>)>>,
+    factor: Mutex<Option<LastFactor>>,
+}
+
+#[derive(Debug)]
+struct LastFactor {
+    order: ColumnOrder,
+    /// What was asked for.
+    damping: f64,
+    factor: Arc<HessianFactor>,
+    is_told: bool,
 }
 
 impl SecondMoment {
@@ -52,16 +61,16 @@ impl SecondMoment {
     /// As there.
     pub fn factor(&self, order: ColumnOrder, damping: f64) -> Result<Arc<HessianFactor>> {
         let mut last = self.factor.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((of_order, of_damping, factor)) = &*last
-            && *of_order == order
-            && of_damping.to_bits() == damping.to_bits()
+        if let Some(last) = &*last
+            && last.order == order
+            && last.damping.to_bits() == damping.to_bits()
         {
-            return Ok(factor.clone());
+            return Ok(last.factor.clone());
         }
         // The old one goes first: two may not fit.
         *last = None;
         let factor = Arc::new(HessianFactor::new(&self.values, self.n, order, damping)?);
-        *last = Some((order, damping, factor.clone()));
+        *last = Some(LastFactor { order, damping, factor: factor.clone(), is_told: false });
         Ok(factor)
     }
 
@@ -72,11 +81,13 @@ impl SecondMoment {
 
     /// The damping of the last factor where it had to be raised, because what was asked
     /// for did not make it positive definite: asked for and taken, as parts of the mean
-    /// of the diagonal.
-    pub fn raised_damping(&self) -> Option<[f64; 2]> {
-        let last = self.factor.lock().unwrap_or_else(PoisonError::into_inner);
-        let (_, asked, factor) = last.as_ref()?;
-        (factor.damping() > *asked).then(|| [*asked, factor.damping()])
+    /// of the diagonal. Of each factor it is told once.
+    pub fn take_raised_damping(&self) -> Option<[f64; 2]> {
+        let mut last = self.factor.lock().unwrap_or_else(PoisonError::into_inner);
+        let last = last.as_mut().filter(|last| !last.is_told)?;
+        last.is_told = true;
+        let taken = last.factor.damping();
+        (taken > last.damping).then_some([last.damping, taken])
     }
 }
 
@@ -113,5 +124,31 @@ impl CodecSpec {
     pub fn calibrated_bytes(&self, shape: [usize; 2], n_threads: usize) -> Option<usize> {
         let codec = self.calibrated()?;
         Some(codec.calibrated_bytes(self.options(), shape) + reading_bytes(shape, n_threads))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Three inputs of which two are one: without damping there is no factor.
+    #[test]
+    fn a_raised_damping_is_told_once() {
+        let moment = SecondMoment::new(vec![1.0, 1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0], 3);
+        let moment = moment.unwrap();
+        moment.factor(ColumnOrder::Index, 0.01).unwrap();
+        assert_eq!(moment.take_raised_damping(), None);
+        let first = moment.factor(ColumnOrder::Index, 0.0).unwrap();
+        assert!(Arc::ptr_eq(&first, &moment.factor(ColumnOrder::Index, 0.0).unwrap()));
+        let [asked, taken] = moment.take_raised_damping().unwrap();
+        assert!(asked == 0.0 && taken > 0.0 && taken == first.damping());
+        assert_eq!(moment.take_raised_damping(), None);
+    }
+
+    #[test]
+    fn what_is_no_moment_is_refused() {
+        assert!(SecondMoment::new(vec![1.0; 5], 2).is_none());
+        assert!(SecondMoment::new(vec![f32::NAN; 4], 2).is_none());
+        assert_eq!(SecondMoment::new(vec![], 0).unwrap().mean_diagonal(), 0.0);
     }
 }

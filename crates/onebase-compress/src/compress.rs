@@ -144,6 +144,13 @@ fn put_all(
         } else {
             progress.tensor(&spec.name);
             put_tensor(index, spec, plan, writer, base, fine_tune)?;
+            if let Some([asked, taken]) = plan.take_raised_damping(spec)? {
+                progress.warn(&format!(
+                    "the second moment of what {} reads is not positive definite with a damping \
+                     of {asked}: it is {taken:.1e}",
+                    spec.name
+                ));
+            }
         }
         progress.advance(fine_tune.size_bytes() as u64);
     }

@@ -79,6 +79,12 @@ impl Plan {
         }
     }
 
+    /// The damping of the inputs' moment of a tensor that was just encoded, where it had to be
+    /// raised: [`SecondMoment::take_raised_damping`].
+    pub(crate) fn take_raised_damping(&self, tensor: &TensorSpec) -> Result<Option<[f64; 2]>> {
+        Ok(self.moment(tensor)?.and_then(|moment| moment.take_raised_damping()))
+    }
+
     /// The codec of a tensor of this shape; `None` where it is stored as it is.
     pub fn codec(&self, tensor: &TensorSpec, shape: &[usize]) -> Option<&CodecSpec> {
         match (tensor.role, &self.tables, &self.vectors) {

@@ -11,6 +11,9 @@ pub trait Progress: Sync {
 
     /// That many more bytes are done.
     fn advance(&self, bytes: u64);
+
+    /// Something is done otherwise than was asked for.
+    fn warn(&self, message: &str);
 }
 
 /// Nobody is told.
@@ -22,4 +25,5 @@ impl Progress for Silent {
     fn resumed(&self, _: usize) {}
     fn tensor(&self, _: &str) {}
     fn advance(&self, _: u64) {}
+    fn warn(&self, _: &str) {}
 }

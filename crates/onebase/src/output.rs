@@ -98,6 +98,13 @@ impl Bar {
         Self { what: what.to_owned(), bar: OnceLock::new() }
     }
 
+    fn note(&self, text: &str) {
+        match self.bar.get() {
+            Some(bar) => bar.suspend(|| Output::note(text)),
+            None => Output::note(text),
+        }
+    }
+
     /// Removes the bar.
     pub(crate) fn finish(&self) {
         if let Some(bar) = self.bar.get() {
@@ -122,11 +129,7 @@ impl Progress for Bar {
     }
 
     fn resumed(&self, n_tensors: usize) {
-        let text = format!("going on with an earlier run: {n_tensors} tensors are done");
-        match self.bar.get() {
-            Some(bar) => bar.suspend(|| Output::note(&text)),
-            None => Output::note(&text),
-        }
+        self.note(&format!("going on with an earlier run: {n_tensors} tensors are done"));
     }
 
     fn tensor(&self, name: &str) {
@@ -139,6 +142,10 @@ impl Progress for Bar {
         if let Some(bar) = self.bar.get() {
             bar.inc(bytes);
         }
+    }
+
+    fn warn(&self, message: &str) {
+        self.note(&format!("warning: {message}"));
     }
 }
 

@@ -73,6 +73,10 @@ impl Progress for Tokens {
     fn advance(&self, tokens: u64) {
         self.stages.advance(tokens);
     }
+
+    fn warn(&self, message: &str) {
+        Output::note(&format!("warning: {message}"));
+    }
 }
 
 fn say(

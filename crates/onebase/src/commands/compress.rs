@@ -89,6 +89,10 @@ impl Progress for Passes {
     fn advance(&self, tokens: u64) {
         self.0.advance(tokens);
     }
+
+    fn warn(&self, message: &str) {
+        Output::note(&format!("warning: {message}"));
+    }
 }
 
 pub(crate) fn run(args: &CompressArgs, output: &Output) -> anyhow::Result<()> {
