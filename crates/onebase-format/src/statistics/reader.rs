@@ -141,7 +141,7 @@ impl Statistics {
         let (mut bytes, mut offset) = (Vec::new(), 0);
         for (row, values) in moment.chunks_exact_mut(n.max(1)).enumerate() {
             let values = &mut values[..=row];
-            bytes.resize(values.len() * size_of::<f32>(), 0);
+            bytes.resize(size_of_val(values), 0);
             file.read(header, offset, &mut bytes)?;
             offset += bytes.len();
             hasher.update(&bytes);
