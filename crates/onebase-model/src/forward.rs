@@ -3,7 +3,7 @@ use onebase_tensor::{MatrixMut, MatrixRef};
 use rayon::prelude::*;
 
 use crate::decoder::{Layer, Mlp};
-use crate::linear::{RowGroup, SiteDelta};
+use crate::linear::{RowGroup, SiteDelta, apply_all};
 use crate::observer::{Nobody, Observer, SiteInput};
 use crate::rope::rotate;
 use crate::tenant::TableDelta;
@@ -280,9 +280,16 @@ impl<'m, 'a> Pass<'m, 'a> {
         let groups = &self.batch.groups;
         let x = matrix(&self.x, n);
         observer.observe(index, SiteInput::Attention, x);
-        layer.q.apply(backend, groups, |t| &site(t).q, x, matrix_mut(&mut self.q, n));
-        layer.k.apply(backend, groups, |t| &site(t).k, x, matrix_mut(&mut self.k, n));
-        layer.v.apply(backend, groups, |t| &site(t).v, x, matrix_mut(&mut self.v, n));
+        apply_all(
+            backend,
+            groups,
+            x,
+            [
+                layer.q.to(&|t| &site(t).q, matrix_mut(&mut self.q, n)),
+                layer.k.to(&|t| &site(t).k, matrix_mut(&mut self.k, n)),
+                layer.v.to(&|t| &site(t).v, matrix_mut(&mut self.v, n)),
+            ],
+        );
         if let Some(weights) = &layer.qk_norm {
             self.norm_heads(weights, |t| &site(t).qk_norm);
         }
@@ -297,7 +304,7 @@ impl<'m, 'a> Pass<'m, 'a> {
         let groups = &self.batch.groups;
         let x = matrix(&self.attended, n);
         observer.observe(index, SiteInput::AttentionOutput, x);
-        layer.o.apply(backend, groups, |t| &site(t).o, x, matrix_mut(&mut self.out, n));
+        apply_all(backend, groups, x, [layer.o.to(&|t| &site(t).o, matrix_mut(&mut self.out, n))]);
         add_assign(&mut self.stream, &self.out);
     }
 
@@ -388,12 +395,24 @@ impl<'m, 'a> Pass<'m, 'a> {
         let groups = &self.batch.groups;
         let x = matrix(&self.x, n);
         observer.observe(index, SiteInput::FeedForward, x);
-        layer.gate.apply(backend, groups, |t| &site(t).gate, x, matrix_mut(&mut self.gate, n));
-        layer.up.apply(backend, groups, |t| &site(t).up, x, matrix_mut(&mut self.up, n));
+        apply_all(
+            backend,
+            groups,
+            x,
+            [
+                layer.gate.to(&|t| &site(t).gate, matrix_mut(&mut self.gate, n)),
+                layer.up.to(&|t| &site(t).up, matrix_mut(&mut self.up, n)),
+            ],
+        );
         gated(&mut self.gate, &self.up);
         let x = matrix(&self.gate, n);
         observer.observe(index, SiteInput::FeedForwardOutput, x);
-        layer.down.apply(backend, groups, |t| &site(t).down, x, matrix_mut(&mut self.out, n));
+        apply_all(
+            backend,
+            groups,
+            x,
+            [layer.down.to(&|t| &site(t).down, matrix_mut(&mut self.out, n))],
+        );
         add_assign(&mut self.stream, &self.out);
     }
 

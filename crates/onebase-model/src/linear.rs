@@ -31,44 +31,64 @@ pub(crate) struct RowGroup<'a> {
     pub(crate) tenant: Option<&'a Tenant>,
 }
 
+/// A site, what tenants change at it and where its outputs go.
+pub(crate) struct Site<'s, 'a, 'y> {
+    linear: &'s Linear,
+    changes: &'s (dyn Fn(&'a Tenant) -> &'a SiteDelta + Sync),
+    y: MatrixMut<'y>,
+}
+
 impl Linear {
-    /// `y = x Wᵀ + b` with the base's weight for all rows, each tenant's delta
-    /// added to its own: `x` is `[n_rows, in_features]`, `y` is
-    /// `[n_rows, out_features]`, overwritten.
-    pub(crate) fn apply<'a>(
-        &self,
-        backend: Backend,
-        groups: &[RowGroup<'a>],
-        site: impl Fn(&'a Tenant) -> &'a SiteDelta + Sync,
-        x: MatrixRef<'_>,
-        mut y: MatrixMut<'_>,
-    ) {
+    /// For [`apply_all`]: `y` is `[n_rows, out_features]`, overwritten.
+    pub(crate) fn to<'s, 'a, 'y>(
+        &'s self,
+        changes: &'s (dyn Fn(&'a Tenant) -> &'a SiteDelta + Sync),
+        y: MatrixMut<'y>,
+    ) -> Site<'s, 'a, 'y> {
+        Site { linear: self, changes, y }
+    }
+}
+
+/// Sites that have their input in common: `y = x Wᵀ + b` with the base's weight for all
+/// rows, each tenant's delta added to its own. `x` is `[n_rows, in_features]`.
+pub(crate) fn apply_all<'a, const N: usize>(
+    backend: Backend,
+    groups: &[RowGroup<'a>],
+    x: MatrixRef<'_>,
+    mut sites: [Site<'_, 'a, '_>; N],
+) {
+    // Sites at a time: the smaller ones are not worth several threads each.
+    sites.par_iter_mut().for_each(|Site { linear, y, .. }| {
         y.data().fill(0.0);
-        backend.add_dense(self.weight.as_ref(), x, &mut y);
-        // Rows of several tenants at a time: their products are small, and threads that
-        // wait for the end of each would be idle for much of it.
+        backend.add_dense(linear.weight.as_ref(), x, y);
+    });
+    // Rows of several tenants and sites at a time: their products are small, and threads
+    // that wait for the end of each would be idle for much of it.
+    let mut parts = Vec::new();
+    for Site { linear, changes, y } in &mut sites {
         let width = y.n_cols();
         let mut rest = y.data();
-        let parts: Vec<_> = groups
-            .iter()
-            .map(|group| {
-                let (rows, after) =
-                    std::mem::take(&mut rest).split_at_mut(group.rows.len() * width);
-                rest = after;
-                (group, rows)
-            })
-            .collect();
-        parts.into_par_iter().for_each(|(group, rows)| {
-            let changes = group.tenant.map(&site);
-            if let Some(delta) = changes.and_then(|c| c.delta.as_ref()) {
-                let Ok(mut rows) = MatrixMut::new(rows, group.rows.len(), width) else {
+        for RowGroup { rows, tenant } in groups {
+            let (own, after) = std::mem::take(&mut rest).split_at_mut(rows.len() * width);
+            rest = after;
+            let changes = tenant.map(*changes);
+            let delta = changes.and_then(|c| c.delta.as_ref());
+            let bias = changes.and_then(|c| c.bias.as_ref()).or(linear.bias.as_ref());
+            if delta.is_some() || bias.is_some() {
+                let Ok(own) = MatrixMut::new(own, rows.len(), width) else {
                     unreachable!("the rows were split off by their number")
                 };
-                delta.add_to(backend, x.rows(group.rows.clone()), &mut rows);
+                parts.push((delta, bias, x.rows(rows.clone()), own));
             }
-            if let Some(bias) = changes.and_then(|c| c.bias.as_ref()).or(self.bias.as_ref()) {
-                rows.chunks_mut(width.max(1)).for_each(|row| add_assign(row, bias));
-            }
-        });
+        }
     }
+    parts.into_par_iter().for_each(|(delta, bias, x, mut y)| {
+        if let Some(delta) = delta {
+            delta.add_to(backend, x, &mut y);
+        }
+        if let Some(bias) = bias {
+            let width = y.n_cols().max(1);
+            y.data().chunks_mut(width).for_each(|row| add_assign(row, bias));
+        }
+    });
 }

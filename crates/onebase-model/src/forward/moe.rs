@@ -6,7 +6,7 @@ use onebase_tensor::{MatrixRef, WeightRef};
 use super::{Pass, gated, matrix, matrix_mut};
 use crate::config::Mixture;
 use crate::decoder::Mlp;
-use crate::linear::{Linear, RowGroup, SiteDelta};
+use crate::linear::{Linear, RowGroup, SiteDelta, apply_all};
 use crate::observer::{Observer, SiteInput};
 use crate::{Model, Tenant};
 
@@ -55,11 +55,23 @@ impl<'a> Pass<'_, 'a> {
                 let site =
                     |t: &'a Tenant| -> &'a Mlp<SiteDelta> { &t.decoder.layers[index].mlps[expert] };
                 let x = matrix(&x, n);
-                mlp.gate.apply(backend, &groups, |t| &site(t).gate, x, matrix_mut(&mut gate, n));
-                mlp.up.apply(backend, &groups, |t| &site(t).up, x, matrix_mut(&mut up, n));
+                apply_all(
+                    backend,
+                    &groups,
+                    x,
+                    [
+                        mlp.gate.to(&|t| &site(t).gate, matrix_mut(&mut gate, n)),
+                        mlp.up.to(&|t| &site(t).up, matrix_mut(&mut up, n)),
+                    ],
+                );
                 gated(&mut gate, &up);
                 let x = matrix(&gate, n);
-                mlp.down.apply(backend, &groups, |t| &site(t).down, x, matrix_mut(&mut out, n));
+                apply_all(
+                    backend,
+                    &groups,
+                    x,
+                    [mlp.down.to(&|t| &site(t).down, matrix_mut(&mut out, n))],
+                );
                 for (route, out) in own.iter().zip(out.chunks_exact_mut(hidden)) {
                     out.iter_mut().for_each(|v| *v *= route.weight);
                     add_assign(&mut self.out[route.row * hidden..(route.row + 1) * hidden], out);
