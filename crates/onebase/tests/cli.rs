@@ -114,6 +114,7 @@ fn the_whole_way_for_programs() {
         "effective_bpw_total",
         "codecs",
         "files",
+        "calibration",
         "quality",
     ];
     assert_eq!(keys(&got), expected);
@@ -481,4 +482,72 @@ fn scales_are_fitted_on_a_text() {
     let again = run(&["--codec", "sign:scale=matrix"]).exits(1);
     assert!(again.stderr.contains("exists"), "{}", again.stderr);
     assert_eq!(place.names(), ["a", "t.txt"]);
+}
+
+#[test]
+fn statistics_are_measured_and_refused() {
+    let place = Place::new();
+    let (base, math, stats, text) =
+        (arg("base"), arg("math"), place.text("stats"), place.text("t.txt"));
+    std::fs::write(&text, "Tom has 3 boxes of 12 pens and gives 5 pens to Ann. ".repeat(60))
+        .unwrap();
+    let calibrate = |more: &[&str], out: &str| {
+        onebase(["calibrate", &base, "--json", "--out", out].iter().chain(more))
+    };
+    // One source, and what is for another is refused.
+    for bad in [
+        &[][..],
+        &["--text", &text, "--random", "5"],
+        &["--random", "0"],
+        &["--generate", "5", "--tokens", "5"],
+        &["--text", &text, "--seed", "1"],
+        &["--random", "5", "--window", "0"],
+    ] {
+        calibrate(bad, &stats).exits(2);
+    }
+    for (index, (source, kind)) in [
+        (["--text", &text, "--tokens", "40"], "text"),
+        (["--random", "40", "--seed", "3"], "random"),
+        (["--generate", "40", "--seed", "3"], "generated"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let out = format!("{stats}{index}");
+        let run = calibrate(&source, &out).exits(0);
+        let run = run.says(&["warning: 40 tokens are fewer than the 768 input features"]);
+        let got = run.object();
+        assert_eq!((&got["source"]["kind"], &got["n_tokens"]), (&json!(kind), &json!(40)));
+        assert_eq!((&got["n_inputs"], &got["widest_in_features"]), (&json!(24), &json!(768)));
+        calibrate(&source, &out).exits(1).says(&["already exists", "hint: "]);
+    }
+    let can: Vec<String> = onebase(["codecs", "--json"]).exits(0).object()["codecs"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|codec| codec["uses_statistics"] == json!(true))
+        .map(|codec| codec["name"].as_str().unwrap().to_owned())
+        .collect();
+    let compress = |codec: &str, statistics: &str, out: &str| {
+        let args = ["compress", &base, &math, "--embeddings", "exact", "--codec", codec];
+        onebase(args.iter().chain(&["--statistics", statistics, "--out", out]))
+    };
+    let (of_base, out) = (format!("{stats}0"), place.text("a"));
+    let refused = compress("sign", &of_base, &out);
+    if !can.iter().any(|codec| codec == "sign") {
+        let refused = refused.exits(1).says(&["codec sign cannot be calibrated", "hint: "]);
+        assert!(can.iter().all(|codec| refused.stderr.contains(codec)), "{}", refused.stderr);
+    }
+    let of_chat = place.text("chat");
+    onebase(["calibrate", &arg("chat"), "--random", "20", "--out", &of_chat]).exits(0);
+    for codec in can {
+        compress(&codec, &of_chat, &out).exits(1).says(&["of the model chat", "hint: "]);
+        let out = place.text(&codec);
+        compress(&codec, &of_base, &out).exits(0);
+        let shown = onebase(["inspect", &out, "--json"]).exits(0).object();
+        assert_eq!(shown["calibration"]["source"]["name"], json!("t.txt"));
+        assert_eq!(shown["calibration"]["n_tokens"], json!(40));
+        let text = onebase(["inspect", &out]).exits(0).stdout;
+        assert!(text.contains("t.txt (40 tokens, inputs of base)"), "{text}");
+    }
 }

@@ -1,0 +1,52 @@
+//! What models are calibrated on is nothing that they are judged by.
+
+// Helpers of tests may panic as tests do.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use onebase_eval::Task;
+
+/// Shorter lines are alike by chance.
+const LINE_CHARS: usize = 40;
+
+/// The lines of a text that are long enough to be somebody's own.
+fn lines(text: &str) -> BTreeSet<&str> {
+    text.lines().map(str::trim).filter(|line| line.chars().count() >= LINE_CHARS).collect()
+}
+
+/// What the user asks in a task's questions, each as it lies in its file.
+fn questions(path: &Path) -> Vec<String> {
+    Task::read(path).unwrap();
+    let text = std::fs::read_to_string(path).unwrap();
+    let rows = text.lines().filter(|line| !line.trim().is_empty());
+    rows.map(|line| {
+        let row: serde_json::Value = serde_json::from_str(line).unwrap();
+        let last = row["messages"].as_array().and_then(|m| m.last()).unwrap();
+        last["content"].as_str().unwrap().to_owned()
+    })
+    .collect()
+}
+
+#[test]
+fn calibration_and_evaluation_share_nothing() {
+    // The larger family has texts; the demo's has none.
+    let Some(family) = std::env::var_os("ONEBASE_ZOO").map(PathBuf::from) else { return };
+    let read = |name: &str| std::fs::read_to_string(family.join("text").join(name)).unwrap();
+    let (calibration, test) = (read("calibration.txt"), read("test.txt"));
+    let calibration_lines = lines(&calibration);
+    assert!(calibration_lines.len() > 100);
+    let test_lines = lines(&test);
+    let shared: Vec<_> = test_lines.intersection(&calibration_lines).collect();
+    assert!(shared.is_empty(), "{} lines: {:?}", shared.len(), &shared[..shared.len().min(5)]);
+    let mut n_questions = 0;
+    for entry in std::fs::read_dir(family.join("eval")).unwrap() {
+        let path = entry.unwrap().path();
+        for question in questions(&path) {
+            assert!(!calibration.contains(&question), "{}: {question}", path.display());
+            n_questions += 1;
+        }
+    }
+    assert!(n_questions >= 600, "{n_questions}");
+}
