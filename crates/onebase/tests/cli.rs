@@ -153,7 +153,10 @@ fn the_whole_way_for_programs() {
     let names: Vec<&str> =
         got["codecs"].as_array().unwrap().iter().map(|c| c["name"].as_str().unwrap()).collect();
     assert_eq!(names, CODECS.iter().map(|c| c.name()).collect::<Vec<_>>());
-    assert_eq!(keys(&got["codecs"][0]), ["name", "version", "summary", "options"]);
+    assert_eq!(
+        keys(&got["codecs"][0]),
+        ["name", "version", "summary", "uses_statistics", "options"]
+    );
     assert_eq!(keys(&got["codecs"][0]["options"][0]), ["name", "doc", "default", "expected"]);
 }
 
