@@ -8,6 +8,7 @@ use serde_json::Value;
 use crate::budget::Known;
 use crate::calibration::quadratic_form;
 use crate::pair::{TensorDelta, read_widened};
+use crate::plan::encode;
 use crate::{Budget, Error, Pair, Plan, Progress, Result};
 
 /// Sizes that a site may have, as multiples of the one that all would have.
@@ -41,6 +42,7 @@ impl Budget {
     /// or the statistics cannot be read.
     pub fn allocate(self, pair: &Pair, plan: &Plan, progress: &dyn Progress) -> Result<Plan> {
         plan.check_calibration()?;
+        plan.check_any_order("an allocation of sizes")?;
         let known = Known::of(pair)?;
         let candidates = candidates(&plan.linear)?;
         let sites: Vec<&TensorSpec> = (0..pair.specs.len())
@@ -144,7 +146,7 @@ fn ladder(
     let mut hull: Vec<Rung> = Vec::new();
     for codec in candidates {
         let draft = codec.draft();
-        let encoded = plan.encode(site, &draft, delta)?;
+        let encoded = encode(&draft, delta, moment.as_deref())?;
         let prepared = draft.prepare(encoded).map_err(|e| delta.explain(e))?;
         let lost = sum_over_blocks(delta, |rows| {
             let wanted = read_finite(delta, rows.clone()).map_err(|e| delta.explain(e))?;

@@ -1,16 +1,19 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use onebase_codec::CodecSpec;
+use onebase_codec::{CodecSpec, DeltaLinear, SecondMoment};
 use onebase_format::artifact::{
-    ArtifactWriter, CodecRecord, Done, Manifest, Origin, Run, Shard, Sizes, StoredTensor,
+    ArtifactWriter, CodecRecord, Done, Manifest, Origin, Role, Run, Shard, Sizes, StoredTensor,
 };
 use onebase_format::{CONFIG_FILE, SIDE_FILES, Tensor};
 use onebase_model::TensorSpec;
+use onebase_tensor::EncodedDelta;
 use serde_json::{Map, Value};
 
+use crate::calibration::SequentialRun;
 use crate::model_card::model_card;
 use crate::pair::TensorDelta;
+use crate::plan::encode;
 use crate::{Error, Pair, Plan, Progress, Result};
 
 pub(crate) const TOOL: &str = concat!("onebase ", env!("CARGO_PKG_VERSION"));
@@ -56,7 +59,9 @@ pub fn compress(
 ///
 /// # Errors
 /// When something cannot be read, a weight is NaN or ∞, the fine-tune is the base, the plan
-/// has statistics that a linear site's codec cannot use or that were altered, what is left
+/// has statistics that a linear site's codec cannot use or that were altered, or a text to
+/// measure inputs on that it cannot use, that a shard is to be made with or whose inputs are
+/// no finite numbers, what is left
 /// is of another run or of checkpoints that have changed since, or something
 /// cannot be written. Nothing is under the folder's name then.
 pub fn compress_part(
@@ -67,6 +72,9 @@ pub fn compress_part(
     progress: &dyn Progress,
 ) -> Result<Option<(Manifest, Sizes)>> {
     plan.check_calibration()?;
+    if job.shard != Shard::WHOLE {
+        plan.check_any_order("a shard")?;
+    }
     if !pair.is_changed()? {
         return Err(Error::NoChange { path: pair.fine_tune.dir().to_owned() });
     }
@@ -125,6 +133,11 @@ fn put_all(
     if !done.is_empty() {
         progress.resumed(done.len());
     }
+    let is_left =
+        |index: &usize| pair.specs[*index].role == Role::Linear && !done.contains_key(index);
+    // Blocks are run again only where a site is left that reads what comes of it.
+    let text = plan.sequential().filter(|_| ours.iter().any(is_left));
+    let mut sequential = text.map(|text| SequentialRun::new(text, pair, plan));
     for index in ours {
         let spec = &pair.specs[index];
         let base = pair.base.tensor(&spec.name)?;
@@ -141,15 +154,39 @@ fn put_all(
                     });
                 }
             }
+            let codec = plan.codec(spec, fine_tune.shape());
+            if let (Some(run), Some(codec)) = (&mut sequential, codec)
+                && run.uses(spec)
+                && let Some((_, delta)) = writer.delta(index)?
+            {
+                let delta = prepared(codec, delta, TensorDelta::new(base, fine_tune))?;
+                run.tell(spec, delta)?;
+            }
         } else {
+            let moment = match &mut sequential {
+                // What is the base's needs no moment.
+                Some(run) if spec.role != Role::Linear || !same_bytes(&base, &fine_tune)? => {
+                    progress.tensor(&format!("{} (measuring)", spec.name));
+                    run.moment(spec)?
+                }
+                Some(_) => None,
+                None => plan.moment(spec)?,
+            };
             progress.tensor(&spec.name);
-            put_tensor(index, spec, plan, writer, base, fine_tune)?;
-            if let Some([asked, taken]) = plan.take_raised_damping(spec)? {
+            let delta = put_tensor(index, spec, plan, moment.as_deref(), writer, base, fine_tune)?;
+            if let Some([asked, taken]) = moment.and_then(|moment| moment.take_raised_damping()) {
                 progress.warn(&format!(
                     "the second moment of what {} reads is not positive definite with a damping \
                      of {asked}: it is {taken:.1e}",
                     spec.name
                 ));
+            }
+            let codec = plan.codec(spec, fine_tune.shape());
+            if let (Some(run), Some(codec), Some(delta)) = (&mut sequential, codec, delta)
+                && run.uses(spec)
+            {
+                let delta = prepared(codec, delta, TensorDelta::new(base, fine_tune))?;
+                run.tell(spec, delta)?;
             }
         }
         progress.advance(fine_tune.size_bytes() as u64);
@@ -172,14 +209,25 @@ fn put_all(
     Ok(())
 }
 
+/// A delta ready to serve.
+fn prepared(
+    codec: &CodecSpec,
+    encoded: EncodedDelta,
+    of: TensorDelta<'_>,
+) -> Result<Box<dyn DeltaLinear>> {
+    codec.prepare(encoded).map_err(|e| of.explain(e))
+}
+
+/// Stores a tensor and gives its delta, where it has one.
 fn put_tensor(
     index: usize,
     spec: &TensorSpec,
     plan: &Plan,
+    moment: Option<&SecondMoment>,
     writer: &mut ArtifactWriter,
     base: Tensor<'_>,
     fine_tune: Tensor<'_>,
-) -> Result<()> {
+) -> Result<Option<EncodedDelta>> {
     let origin = |base, of_fine_tune| Origin {
         index,
         name: &spec.name,
@@ -191,21 +239,24 @@ fn put_tensor(
     };
     if same_bytes(&base, &fine_tune)? {
         let digest = base.digest()?;
-        return Ok(writer.put(StoredTensor::unchanged(origin(digest, digest)), &[])?);
+        writer.put(StoredTensor::unchanged(origin(digest, digest)), &[])?;
+        return Ok(None);
     }
     let digests = || rayon::join(|| base.digest(), || fine_tune.digest());
     let Some(codec) = plan.codec(spec, fine_tune.shape()) else {
         let bytes = read_finite(&fine_tune, 0)?;
         let (base, of_fine_tune) = digests();
-        return Ok(writer.put(StoredTensor::exact(origin(base?, of_fine_tune?)), &bytes)?);
+        writer.put(StoredTensor::exact(origin(base?, of_fine_tune?)), &bytes)?;
+        return Ok(None);
     };
     let source = TensorDelta::new(base, fine_tune);
-    let ((base_digest, digest), delta) = rayon::join(digests, || plan.encode(spec, codec, &source));
+    let ((base_digest, digest), delta) = rayon::join(digests, || encode(codec, &source, moment));
     let delta = delta?;
     let base_bytes = base.n_weights() * fine_tune.dtype().size_bytes();
     let added_rows = read_finite(&fine_tune, base_bytes)?;
     let origin = origin(base_digest?, digest?);
-    Ok(writer.put_delta(origin, codec_record(codec), &delta, &added_rows)?)
+    writer.put_delta(origin, codec_record(codec), &delta, &added_rows)?;
+    Ok(Some(delta))
 }
 
 /// What a manifest says of a codec.

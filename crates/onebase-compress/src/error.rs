@@ -84,6 +84,15 @@ pub enum Error {
         /// The codecs that can.
         known: Vec<&'static str>,
     },
+    /// Inputs are to be measured while compressing, but linear sites are not encoded one
+    /// after the other in one process.
+    #[error(
+        "inputs are measured while linear sites are compressed in their order, which {what} does not keep"
+    )]
+    OutOfOrder {
+        /// What does not.
+        what: &'static str,
+    },
     /// Statistics are of neither model of a pair.
     #[error("{}: of the model {}, expected those of {}", path.display(), model(got),
         expected.iter().map(model).collect::<Vec<_>>().join(" or "))]
@@ -151,11 +160,17 @@ impl Error {
                 Some("choose its size by its own options instead of a budget".into())
             }
             Error::NotCalibrated { known, .. } if known.is_empty() => {
-                Some("leave out --statistics: no codec can".into())
+                Some("leave out --statistics or --calibration: no codec can".into())
             }
-            Error::NotCalibrated { known, .. } => {
-                Some(format!("{} can; or leave out --statistics", known.join(", ")))
-            }
+            Error::NotCalibrated { known, .. } => Some(format!(
+                "{} can; or leave out --statistics or --calibration",
+                known.join(", ")
+            )),
+            Error::OutOfOrder { .. } => Some(
+                "measure the base or the fine-tune before, with `onebase calibrate`, and give \
+                 --statistics"
+                    .into(),
+            ),
             Error::OtherStatistics { .. } => {
                 Some("measure the base or the fine-tune with `onebase calibrate`".into())
             }

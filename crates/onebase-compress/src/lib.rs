@@ -19,8 +19,8 @@ mod verify;
 
 pub use budget::Budget;
 pub use calibration::{
-    Calibration, InputMoment, LayerMoments, MomentRun, WINDOW_TOKENS, calibrate, check_calibrated,
-    generated_tokens, quadratic_form, random_tokens,
+    Calibration, InputMoment, LayerMoments, MomentRun, Sequential, WINDOW_TOKENS, calibrate,
+    check_calibrated, generated_tokens, quadratic_form, random_tokens,
 };
 pub use compress::{Job, compress, compress_part, join};
 pub use distill::{DistillText, Distilled, distill};
@@ -28,7 +28,7 @@ pub use error::Error;
 pub use memory::{ExpectedMemory, expected_memory};
 pub use model_card::updated_model_card;
 pub use pair::{Pair, TensorDelta};
-pub use plan::{Plan, TablePlan, VectorPlan};
+pub use plan::{Inputs, Plan, TablePlan, VectorPlan};
 pub use progress::{Progress, Silent};
 pub use restore::restore;
 pub use verify::{Verified, prepared, verify};

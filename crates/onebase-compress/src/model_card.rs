@@ -2,7 +2,6 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use onebase_format::artifact::{Manifest, Quality, Sizes, Storage};
-use onebase_format::statistics::StatisticsRecord;
 use onebase_tensor::{DType, effective_bits};
 
 /// What stands before and after the figures, so that they can be replaced in a
@@ -56,9 +55,8 @@ fn figures(manifest: &Manifest, sizes: &Sizes) -> String {
     row("effective bits per weight, linear sites", linear);
     let total = format!("{:.3}", effective_bits(sizes.total_bytes, sizes.n_weights_total));
     row("effective bits per weight, whole fine-tune", total);
-    if let Some(StatisticsRecord { source, n_tokens, model, .. }) = &manifest.calibration {
-        let value = format!("{source} ({n_tokens} tokens, inputs of {})", model.name);
-        row("encoded with statistics of", value);
+    if let Some(statistics) = &manifest.calibration {
+        row("encoded with statistics of", statistics.to_string());
     }
     if let Some(text) = &manifest.distillation {
         row(

@@ -5,12 +5,13 @@ use std::sync::Arc;
 
 use onebase_codec::{CodecSpec, SecondMoment};
 use onebase_format::artifact::Role;
+use onebase_format::statistics::StatisticsRecord;
 use onebase_model::TensorSpec;
 use onebase_tensor::EncodedDelta;
 
 use crate::calibration::check_calibrated;
 use crate::pair::TensorDelta;
-use crate::{Calibration, Result};
+use crate::{Calibration, Error, Result, Sequential};
 
 /// How exact storage is written.
 const EXACT: &str = "exact";
@@ -26,8 +27,27 @@ pub struct Plan {
     pub vectors: VectorPlan,
     /// Linear sites that have a codec of their own, by the tensor's name.
     pub sites: BTreeMap<String, CodecSpec>,
-    /// Statistics by which the errors of linear sites are weighed.
-    pub calibration: Option<Arc<Calibration>>,
+    /// The inputs by which the errors of linear sites are weighed.
+    pub calibration: Option<Inputs>,
+}
+
+/// What is known of the inputs of linear sites.
+#[derive(Clone, Debug)]
+pub enum Inputs {
+    /// They were measured before.
+    Statistics(Arc<Calibration>),
+    /// They are measured on this text while compressing.
+    Sequential(Arc<Sequential>),
+}
+
+impl Inputs {
+    /// What a manifest says of them.
+    pub fn record(&self) -> StatisticsRecord {
+        match self {
+            Inputs::Statistics(calibration) => calibration.record(),
+            Inputs::Sequential(text) => text.record(),
+        }
+    }
 }
 
 impl Plan {
@@ -36,8 +56,8 @@ impl Plan {
         Self { linear, tables, vectors, sites: BTreeMap::new(), calibration: None }
     }
 
-    /// Checks that each linear site has a codec that can use the statistics, if there are
-    /// some.
+    /// Checks that each linear site has a codec that can be calibrated, if inputs are known
+    /// or measured.
     ///
     /// # Errors
     /// When one has not.
@@ -48,26 +68,29 @@ impl Plan {
         self.sites.values().chain([&self.linear]).try_for_each(check_calibrated)
     }
 
-    /// Encodes the delta of a tensor, a linear site's with the moment of its inputs where
-    /// that is known.
-    pub(crate) fn encode(
-        &self,
-        tensor: &TensorSpec,
-        codec: &CodecSpec,
-        delta: &TensorDelta<'_>,
-    ) -> Result<EncodedDelta> {
-        let encoded = match (self.moment(tensor)?, codec.calibrated()) {
-            (Some(moment), Some(calibrated)) => {
-                calibrated.encode_calibrated(codec.options(), delta, &moment)
-            }
-            _ => codec.encode(delta),
-        };
-        encoded.map_err(|e| delta.explain(e))
+    /// The text on which inputs are measured while compressing, if they are.
+    pub(crate) fn sequential(&self) -> Option<&Sequential> {
+        match &self.calibration {
+            Some(Inputs::Sequential(text)) => Some(text),
+            Some(Inputs::Statistics(_)) | None => None,
+        }
     }
 
-    /// The moment of the inputs of a linear site, where it is known.
+    /// Checks that no inputs are to be measured while compressing, where `what` is done that
+    /// takes sites out of their order.
+    ///
+    /// # Errors
+    /// When some are.
+    pub(crate) fn check_any_order(&self, what: &'static str) -> Result<()> {
+        match self.sequential() {
+            Some(_) => Err(Error::OutOfOrder { what }),
+            None => Ok(()),
+        }
+    }
+
+    /// The moment of the inputs of a linear site, where it was measured before.
     pub(crate) fn moment(&self, tensor: &TensorSpec) -> Result<Option<Arc<SecondMoment>>> {
-        let Some(calibration) = &self.calibration else { return Ok(None) };
+        let Some(Inputs::Statistics(calibration)) = &self.calibration else { return Ok(None) };
         match tensor.role {
             Role::Linear => calibration.moment(tensor),
             Role::Embedding | Role::Head => {
@@ -77,12 +100,6 @@ impl Plan {
             }
             Role::Vector => Ok(None),
         }
-    }
-
-    /// The damping of the inputs' moment of a tensor that was just encoded, where it had to be
-    /// raised: [`SecondMoment::take_raised_damping`].
-    pub(crate) fn take_raised_damping(&self, tensor: &TensorSpec) -> Result<Option<[f64; 2]>> {
-        Ok(self.moment(tensor)?.and_then(|moment| moment.take_raised_damping()))
     }
 
     /// The codec of a tensor of this shape; `None` where it is stored as it is.
@@ -97,6 +114,22 @@ impl Plan {
             | (Role::Vector, _, VectorPlan::Exact) => None,
         }
     }
+}
+
+/// Encodes a delta, weighing its errors by the moment of the site's inputs where that is
+/// known.
+pub(crate) fn encode(
+    codec: &CodecSpec,
+    delta: &TensorDelta<'_>,
+    moment: Option<&SecondMoment>,
+) -> Result<EncodedDelta> {
+    let encoded = match (moment, codec.calibrated()) {
+        (Some(moment), Some(calibrated)) => {
+            calibrated.encode_calibrated(codec.options(), delta, moment)
+        }
+        _ => codec.encode(delta),
+    };
+    encoded.map_err(|e| delta.explain(e))
 }
 
 /// How token tables, the embeddings and the head, are stored.

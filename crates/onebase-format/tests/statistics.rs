@@ -97,7 +97,8 @@ fn what_was_written_is_read() {
     }
     let record = statistics.record();
     let bytes = std::fs::read(folder.path().join(STATISTICS_FILE)).unwrap();
-    assert_eq!((record.blake3, record.n_tokens), (Digest::of(&bytes), 600));
+    assert_eq!((record.blake3, record.n_tokens), (Some(Digest::of(&bytes)), 600));
+    assert_eq!(record.sequential, None);
     assert_eq!(record.source, source());
     // Nothing is left beside it, and the same statistics are the same bytes.
     assert_eq!(std::fs::read_dir(folder.dir.path()).unwrap().count(), 1);

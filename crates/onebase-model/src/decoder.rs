@@ -104,7 +104,49 @@ impl<L, V, T> Decoder<L, V, T> {
     }
 }
 
+impl<L, V, T> Decoder<L, V, T> {
+    /// The linear site of a weight's name, `model.layers.3.mlp.up_proj.weight`.
+    pub(crate) fn site_mut(&mut self, tensor: &str) -> Option<&mut L> {
+        let (layer, module) = tensor.strip_prefix("model.layers.")?.split_once('.')?;
+        let layer = self.layers.get_mut(layer.parse::<usize>().ok()?)?;
+        layer.site_mut(module.strip_suffix(".weight")?)
+    }
+}
+
 impl<L, V> Layer<L, V> {
+    /// A linear site by its name within the block: `mlp.up_proj`.
+    fn site_mut(&mut self, site: &str) -> Option<&mut L> {
+        match site {
+            "self_attn.q_proj" => return Some(&mut self.q),
+            "self_attn.k_proj" => return Some(&mut self.k),
+            "self_attn.v_proj" => return Some(&mut self.v),
+            "self_attn.o_proj" => return Some(&mut self.o),
+            _ => {}
+        }
+        let (mlp, matrix) = match site.split_once(".experts.") {
+            Some((_, expert)) if self.router.is_some() => {
+                let (number, matrix) = expert.split_once('.')?;
+                (number.parse().ok()?, matrix)
+            }
+            None if self.router.is_none() => (0, site.strip_prefix("mlp.")?),
+            _ => return None,
+        };
+        let mlp = self.mlps.get_mut(mlp)?;
+        match matrix {
+            "gate_proj" | "w1" => Some(&mut mlp.gate),
+            "up_proj" | "w3" => Some(&mut mlp.up),
+            "down_proj" | "w2" => Some(&mut mlp.down),
+            _ => None,
+        }
+    }
+
+    /// Every linear site.
+    pub(crate) fn sites_mut(&mut self) -> impl Iterator<Item = &mut L> {
+        let mlps = self.mlps.iter_mut();
+        let mlps = mlps.flat_map(|Mlp { gate, up, down }| [gate, up, down]);
+        [&mut self.q, &mut self.k, &mut self.v, &mut self.o].into_iter().chain(mlps)
+    }
+
     fn load<T>(
         config: &ModelConfig,
         index: usize,

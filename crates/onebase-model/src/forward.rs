@@ -273,13 +273,35 @@ impl<'m, 'a> Pass<'m, 'a> {
         observer: &mut dyn Observer,
     ) {
         let n = self.batch.rows.len();
-        let backend = self.model.backend;
+        self.attention_input(index, layer);
+        observer.observe(index, SiteInput::Attention, matrix(&self.x, n));
+        self.heads(index, layer, segments);
+        let x = matrix(&self.attended, n);
+        observer.observe(index, SiteInput::AttentionOutput, x);
+        let (backend, groups) = (self.model.backend, &self.batch.groups);
+        let site = |t: &'a Tenant| -> &'a SiteDelta { &t.decoder.layers[index].o };
+        apply_all(backend, groups, x, [layer.o.to(&site, matrix_mut(&mut self.out, n))]);
+        add_assign(&mut self.stream, &self.out);
+    }
+
+    /// Fills `x` with what the block's attention reads.
+    fn attention_input(&mut self, index: usize, layer: &Layer<crate::linear::Linear, Vec<f32>>) {
         self.norm(&layer.input_norm, |t| &t.decoder.layers[index].input_norm);
+    }
+
+    /// Fills `attended` with the heads' outputs for the input `x`.
+    fn heads(
+        &mut self,
+        index: usize,
+        layer: &Layer<crate::linear::Linear, Vec<f32>>,
+        segments: &mut [Segment<'_>],
+    ) {
+        let n = self.batch.rows.len();
+        let backend = self.model.backend;
         let site =
             |t: &'a Tenant| -> &'a Layer<SiteDelta, Option<Vec<f32>>> { &t.decoder.layers[index] };
         let groups = &self.batch.groups;
         let x = matrix(&self.x, n);
-        observer.observe(index, SiteInput::Attention, x);
         apply_all(
             backend,
             groups,
@@ -301,11 +323,6 @@ impl<'m, 'a> Pass<'m, 'a> {
             segments[row.segment].cache.append(index, k, v);
         }
         self.attend(index, segments);
-        let groups = &self.batch.groups;
-        let x = matrix(&self.attended, n);
-        observer.observe(index, SiteInput::AttentionOutput, x);
-        apply_all(backend, groups, x, [layer.o.to(&|t| &site(t).o, matrix_mut(&mut self.out, n))]);
-        add_assign(&mut self.stream, &self.out);
     }
 
     /// Normalises every head of q and k with its tenant's weights.
@@ -384,36 +401,44 @@ impl<'m, 'a> Pass<'m, 'a> {
         observer: &mut dyn Observer,
     ) {
         let n = self.batch.rows.len();
-        let backend = self.model.backend;
-        self.norm(&layer.post_norm, |t| &t.decoder.layers[index].post_norm);
+        self.feed_forward_input(index, layer);
         if let Some(router) = &layer.router {
             self.experts(index, router, &layer.mlps, observer);
             return;
         }
-        let layer = &layer.mlps[0];
+        observer.observe(index, SiteInput::FeedForward, matrix(&self.x, n));
+        self.gated(index, &layer.mlps[0]);
+        let x = matrix(&self.gate, n);
+        observer.observe(index, SiteInput::FeedForwardOutput, x);
+        let (backend, groups) = (self.model.backend, &self.batch.groups);
+        let site = |t: &'a Tenant| -> &'a SiteDelta { &t.decoder.layers[index].mlps[0].down };
+        let down = layer.mlps[0].down.to(&site, matrix_mut(&mut self.out, n));
+        apply_all(backend, groups, x, [down]);
+        add_assign(&mut self.stream, &self.out);
+    }
+
+    /// Fills `x` with what the block's feed-forward part reads.
+    fn feed_forward_input(&mut self, index: usize, layer: &Layer<crate::linear::Linear, Vec<f32>>) {
+        self.norm(&layer.post_norm, |t| &t.decoder.layers[index].post_norm);
+    }
+
+    /// Fills `gate` with the gated activation for the input `x`, where all tokens have one
+    /// network.
+    fn gated(&mut self, index: usize, mlp: &Mlp<crate::linear::Linear>) {
+        let n = self.batch.rows.len();
+        let (backend, groups) = (self.model.backend, &self.batch.groups);
         let site = |t: &'a Tenant| -> &'a Mlp<SiteDelta> { &t.decoder.layers[index].mlps[0] };
-        let groups = &self.batch.groups;
         let x = matrix(&self.x, n);
-        observer.observe(index, SiteInput::FeedForward, x);
         apply_all(
             backend,
             groups,
             x,
             [
-                layer.gate.to(&|t| &site(t).gate, matrix_mut(&mut self.gate, n)),
-                layer.up.to(&|t| &site(t).up, matrix_mut(&mut self.up, n)),
+                mlp.gate.to(&|t| &site(t).gate, matrix_mut(&mut self.gate, n)),
+                mlp.up.to(&|t| &site(t).up, matrix_mut(&mut self.up, n)),
             ],
         );
         gated(&mut self.gate, &self.up);
-        let x = matrix(&self.gate, n);
-        observer.observe(index, SiteInput::FeedForwardOutput, x);
-        apply_all(
-            backend,
-            groups,
-            x,
-            [layer.down.to(&|t| &site(t).down, matrix_mut(&mut self.out, n))],
-        );
-        add_assign(&mut self.stream, &self.out);
     }
 
     fn logits(&mut self, segments: &[Segment<'_>]) -> Vec<Vec<f32>> {

@@ -29,7 +29,7 @@ pub use forward::{LayerRun, Logits, Segment};
 pub use generate::{Completion, FinishReason, Generation, Request, generate};
 pub use kv_cache::KvCache;
 pub use model::{Model, check_tensors};
-pub use observer::{Observer, SiteInput};
+pub use observer::{Nobody, Observer, SiteInput};
 pub use sampler::{Sampler, SamplingParams};
 pub use tenant::{Tenant, Wrap};
 pub use tokenizer::{TextModel, Tokenizer, start_token, stop_tokens};

@@ -17,6 +17,8 @@ pub(crate) struct Linear {
 
 /// What a tenant changes at a linear site.
 pub(crate) struct SiteDelta {
+    /// `[out_features, in_features]`.
+    pub(crate) shape: [usize; 2],
     /// `None` where the weight is the base's.
     pub(crate) delta: Option<Box<dyn DeltaLinear>>,
     /// The tenant's own; `None` where it is the base's or there is none.

@@ -70,7 +70,8 @@ pub trait Observer {
 }
 
 /// Nobody looks.
-pub(crate) struct Nobody;
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Nobody;
 
 impl Observer for Nobody {
     fn observe(&mut self, _: usize, _: SiteInput, _: MatrixRef<'_>) {}

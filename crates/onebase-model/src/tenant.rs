@@ -1,6 +1,8 @@
+use std::collections::BTreeMap;
+
 use onebase_codec::{CodecSpec, DeltaLinear};
-use onebase_format::Checkpoint;
 use onebase_format::artifact::{Artifact, Role, Storage};
+use onebase_format::{Checkpoint, Tensor};
 use onebase_kernels::add_assign;
 
 use crate::decoder::{Decoder, Loaded, Loader};
@@ -65,6 +67,58 @@ impl Tenant {
         Ok(Self { config, decoder, rope, resident_bytes: loader.resident_bytes })
     }
 
+    /// A fine-tune that is being compressed: tensors with a delta among `deltas`, by name,
+    /// are the base's and that; other linear sites have the base's weight, until
+    /// [`Tenant::set_delta`] gives them a delta; all others are the fine-tune's own, token
+    /// tables mapped from its files.
+    ///
+    /// A delta is `[out_features, in_features]` of a linear site, `[1, n]` of a vector, and of
+    /// a token table has as many rows as the base's: those past them are the fine-tune's own.
+    ///
+    /// # Errors
+    /// When the fine-tune's configuration is not supported or differs from the base's in
+    /// more than it may, or its tensors or the deltas do not fit.
+    pub fn of_fine_tune(
+        model: &Model,
+        fine_tune: &Checkpoint,
+        deltas: BTreeMap<String, Box<dyn DeltaLinear>>,
+    ) -> Result<Self> {
+        let config = ModelConfig::from_json(fine_tune.config(), fine_tune.dir())?;
+        model.config.check_fine_tune(&config, fine_tune.dir())?;
+        let base = model.checkpoint();
+        let base_rows = model.config.vocab_size;
+        let mut loader = FineTuneLoader { fine_tune, base, base_rows, deltas, resident_bytes: 0 };
+        let Decoder { embedding, layers, norm, head } = Decoder::load(&config, &mut loader)?;
+        let decoder = Decoder { embedding, layers, norm, head };
+        let rope = Rope::new(&config);
+        Ok(Self { config, decoder, rope, resident_bytes: loader.resident_bytes })
+    }
+
+    /// Replaces the delta of a linear site, by its weight's name; `None` for the base's
+    /// weight. `false` where there is no such site, or the delta has another shape.
+    pub fn set_delta(&mut self, tensor: &str, delta: Option<Box<dyn DeltaLinear>>) -> bool {
+        let new_bytes = delta.as_ref().map_or(0, |delta| delta.resident_bytes());
+        let shape = delta.as_ref().map(|delta| delta.shape());
+        let Some(site) = self.decoder.site_mut(tensor) else { return false };
+        if shape.is_some_and(|shape| shape != site.shape) {
+            return false;
+        }
+        let old_bytes = site.delta.as_ref().map_or(0, |delta| delta.resident_bytes());
+        site.delta = delta;
+        self.resident_bytes = self.resident_bytes - old_bytes + new_bytes;
+        true
+    }
+
+    /// Lets go of the deltas of all linear sites of a block: they have the base's weight.
+    pub fn clear_layer(&mut self, layer: usize) {
+        let Some(layer) = self.decoder.layers.get_mut(layer) else { return };
+        let mut freed = 0;
+        for site in layer.sites_mut() {
+            freed += site.delta.take().map_or(0, |delta| delta.resident_bytes());
+        }
+        self.resident_bytes -= freed;
+    }
+
     /// The fine-tune's configuration.
     pub fn config(&self) -> &ModelConfig {
         &self.config
@@ -124,18 +178,24 @@ impl TenantLoader<'_> {
         Ok(Some(prepared))
     }
 
-    /// A vector that is stored as a delta of the base's, and need not stay one: it is no
-    /// larger as itself. `None` when it is not stored so.
+    /// A vector that is stored as a delta of the base's; `None` when it is not.
     fn vector_sum(&self, name: &str, len: usize) -> Result<Option<Vec<f32>>> {
         let Some(delta) = self.delta(name, [1, len])? else { return Ok(None) };
         let base = self.base.tensor(name)?;
         self.check_shape(name, &[len], base.shape())?;
-        let (mut sum, mut change) = (vec![0.0; len], vec![0.0; len]);
-        base.dtype().widen(&base.bytes(), &mut sum);
-        delta.write_rows(0..1, &mut change);
-        add_assign(&mut sum, &change);
-        Ok(Some(sum))
+        Ok(Some(vector_sum(&base, delta.as_ref())))
     }
+}
+
+/// A vector of the base and its delta, which need not stay one: it is no larger as itself.
+/// Both have one length.
+fn vector_sum(base: &Tensor<'_>, delta: &dyn DeltaLinear) -> Vec<f32> {
+    let len = delta.shape()[1];
+    let (mut sum, mut change) = (vec![0.0; len], vec![0.0; len]);
+    base.dtype().widen(&base.bytes(), &mut sum);
+    delta.write_rows(0..1, &mut change);
+    add_assign(&mut sum, &change);
+    sum
 }
 
 impl Loader for TenantLoader<'_> {
@@ -150,7 +210,7 @@ impl Loader for TenantLoader<'_> {
         let delta = self.delta(&weight, shape)?.map(|delta| (self.wrap)(&weight, delta));
         self.resident_bytes += delta.as_ref().map_or(0, |delta| delta.resident_bytes());
         let bias = if bias { self.vector(&format!("{module}.bias"), shape[0])? } else { None };
-        Ok(SiteDelta { delta, bias })
+        Ok(SiteDelta { shape, delta, bias })
     }
 
     fn vector(&mut self, name: &str, len: usize) -> Result<Option<Vec<f32>>> {
@@ -192,5 +252,90 @@ impl Loader for TenantLoader<'_> {
             self.resident_bytes += weight.resident_bytes();
         }
         Ok(table)
+    }
+}
+
+/// Loads a fine-tune that is being compressed, see [`Tenant::of_fine_tune`].
+struct FineTuneLoader<'a> {
+    fine_tune: &'a Checkpoint,
+    base: &'a Checkpoint,
+    /// Rows of the base's token tables.
+    base_rows: usize,
+    /// Those that nobody has asked for yet.
+    deltas: BTreeMap<String, Box<dyn DeltaLinear>>,
+    resident_bytes: usize,
+}
+
+impl FineTuneLoader<'_> {
+    fn check_shape(&self, tensor: &str, expected: &[usize], got: &[usize]) -> Result<()> {
+        if expected == got {
+            return Ok(());
+        }
+        Err(Error::Shape {
+            path: self.fine_tune.dir().to_owned(),
+            tensor: tensor.to_owned(),
+            expected: expected.to_vec(),
+            got: got.to_vec(),
+        })
+    }
+
+    /// A tensor of the fine-tune.
+    fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor<'_>> {
+        let tensor = self.fine_tune.tensor(name)?;
+        self.check_shape(name, shape, tensor.shape())?;
+        Ok(tensor)
+    }
+
+    fn delta(&mut self, name: &str, shape: [usize; 2]) -> Result<Option<Box<dyn DeltaLinear>>> {
+        let Some(delta) = self.deltas.remove(name) else { return Ok(None) };
+        self.check_shape(name, &shape, &delta.shape())?;
+        Ok(Some(delta))
+    }
+
+    fn own(&mut self, name: &str, shape: &[usize]) -> Result<Option<Vec<f32>>> {
+        let tensor = self.tensor(name, shape)?;
+        let mut wide = vec![0.0; tensor.n_weights()];
+        tensor.dtype().widen(&tensor.bytes(), &mut wide);
+        self.resident_bytes += size_of_val(wide.as_slice());
+        Ok(Some(wide))
+    }
+}
+
+impl Loader for FineTuneLoader<'_> {
+    type Linear = SiteDelta;
+    type Vector = Option<Vec<f32>>;
+    type Table = TableDelta;
+
+    fn linear(&mut self, module: &str, shape: [usize; 2], bias: bool) -> Result<SiteDelta> {
+        let delta = self.delta(&format!("{module}.weight"), shape)?;
+        self.resident_bytes += delta.as_ref().map_or(0, |delta| delta.resident_bytes());
+        let bias = if bias { self.vector(&format!("{module}.bias"), shape[0])? } else { None };
+        Ok(SiteDelta { shape, delta, bias })
+    }
+
+    fn vector(&mut self, name: &str, len: usize) -> Result<Option<Vec<f32>>> {
+        let Some(delta) = self.delta(name, [1, len])? else { return self.own(name, &[len]) };
+        let base = self.base.tensor(name)?;
+        self.check_shape(name, &[len], base.shape())?;
+        self.resident_bytes += len * size_of::<f32>();
+        Ok(Some(vector_sum(&base, delta.as_ref())))
+    }
+
+    fn router(&mut self, name: &str, shape: [usize; 2]) -> Result<Option<Vec<f32>>> {
+        self.own(name, &shape)
+    }
+
+    fn table(&mut self, name: &str, _: Role, shape: [usize; 2]) -> Result<TableDelta> {
+        let base_rows = self.base_rows;
+        let Some(delta) = self.delta(name, [base_rows, shape[1]])? else {
+            return Ok(TableDelta::Exact(Weight::load(&self.tensor(name, &shape)?)));
+        };
+        let tensor = self.tensor(name, &shape)?;
+        let size = tensor.dtype().size_bytes();
+        let added = (shape[0] > base_rows)
+            .then(|| Weight::copy(tensor.dtype(), &tensor.bytes()[base_rows * shape[1] * size..]));
+        let added_bytes = added.as_ref().map_or(0, Weight::resident_bytes);
+        self.resident_bytes += delta.resident_bytes() + added_bytes;
+        Ok(TableDelta::Delta { delta, added })
     }
 }

@@ -27,7 +27,8 @@ impl Weight {
         Self::copy(tensor.dtype, &tensor.bytes)
     }
 
-    fn copy(dtype: DType, bytes: &[u8]) -> Self {
+    /// Elements of a type, as many as the bytes have.
+    pub(crate) fn copy(dtype: DType, bytes: &[u8]) -> Self {
         match PartData::from_le_bytes(dtype, bytes) {
             Some(data) => Self(Data::Owned(data)),
             None => unreachable!("the length of a tensor was checked when its file was opened"),

@@ -3,6 +3,7 @@
 
 mod measure;
 mod moments;
+mod sequential;
 mod tokens;
 
 use std::path::Path;
@@ -18,6 +19,8 @@ use crate::{Error, Pair, Result};
 
 pub use measure::calibrate;
 pub use moments::{InputMoment, LayerMoments, MomentRun, WINDOW_TOKENS, quadratic_form};
+pub use sequential::Sequential;
+pub(crate) use sequential::SequentialRun;
 pub use tokens::{generated_tokens, random_tokens};
 
 /// Statistics of a pair's base or fine-tune, opened to encode with.

@@ -102,7 +102,7 @@ impl<'a> MomentRun<'a> {
             return None;
         }
         let mut moments = LayerMoments::default();
-        self.run.run_layer(&mut moments, after);
+        self.run.run_layer(None, &mut moments, after);
         #[allow(clippy::cast_precision_loss)]
         let n = self.n_tokens.max(1) as f64;
         for moment in moments.by_input.values_mut() {

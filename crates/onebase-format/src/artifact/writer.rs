@@ -1,13 +1,15 @@
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use onebase_tensor::{DType, EncodedDelta};
+use onebase_tensor::{DType, EncodedDelta, Part, PartData};
 
 use super::CalibrationRecord;
 use super::journal::{Data, DoneTensor, Entry, Journal, Run, Shard};
 use super::layout::{Layout, Names, StoredTensor};
-use super::manifest::{CodecRecord, FileRecord, MANIFEST_FILE, MODEL_CARD_FILE, Manifest, Role};
+use super::manifest::{
+    CodecRecord, FileRecord, MANIFEST_FILE, MODEL_CARD_FILE, Manifest, Role, Storage,
+};
 use super::reader::{Artifact, Sizes};
 use crate::atomic::{Lock, write_file};
 use crate::checkpoint::read_optional;
@@ -103,6 +105,45 @@ impl ArtifactWriter {
             }),
             _ => None,
         })
+    }
+
+    /// The encoded delta of a tensor that is done, by its position in the fine-tune, and the
+    /// codec that wrote it; `None` where it is not done or not stored as a delta.
+    ///
+    /// # Errors
+    /// When its bytes cannot be read or have changed.
+    pub fn delta(&self, index: usize) -> Result<Option<(CodecRecord, EncodedDelta)>> {
+        let Some(journal) = &self.journal else { return Ok(None) };
+        let of_index = |entry: &Entry| match entry {
+            Entry::Tensor(done) if done.tensor.index == index => Some(done.as_ref().clone()),
+            _ => None,
+        };
+        let Some(done) = journal.entries().iter().find_map(of_index) else { return Ok(None) };
+        let StoredTensor { name, record, codec, entries, .. } = done.tensor;
+        let (Storage::Codec { parts, .. }, Some(shape), Some(codec)) =
+            (&record.storage, record.delta_shape(), codec)
+        else {
+            return Ok(None);
+        };
+        let bytes = journal.data()?.read(done.span)?;
+        let mut rest = &bytes[..];
+        let mut by_name = BTreeMap::new();
+        for (part, entry) in parts.iter().zip(entries) {
+            let cut = rest.split_at_checked(entry.size_bytes());
+            let read = cut.and_then(|(bytes, after)| {
+                rest = after;
+                Part::new(entry.shape, PartData::from_le_bytes(entry.dtype, bytes)?)
+            });
+            let Some(read) = read else {
+                return Err(Error::Manifest {
+                    path: journal.dir().to_owned(),
+                    entry: name,
+                    problem: format!("part {part} does not fill its shape"),
+                });
+            };
+            by_name.insert(part.clone(), read);
+        }
+        Ok(Some((codec, EncodedDelta { shape, parts: by_name })))
     }
 
     /// Whether a file beside the weights is stored or recorded already.

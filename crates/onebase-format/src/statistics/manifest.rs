@@ -85,14 +85,36 @@ impl fmt::Display for Source {
 /// The statistics with which an artifact was encoded.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StatisticsRecord {
-    /// The digest of their [`STATISTICS_FILE`], which names those of all they hold.
-    pub blake3: Digest,
-    /// The model whose inputs were measured.
+    /// The digest of their [`STATISTICS_FILE`], which names those of all they hold; none
+    /// where inputs were measured while compressing, as these are not kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub blake3: Option<Digest>,
+    /// The model whose inputs were measured; the fine-tune where that was while
+    /// compressing.
     pub model: BaseRecord,
     /// Where the tokens are from.
     pub source: Source,
     /// How many there are.
     pub n_tokens: usize,
+    /// How inputs were measured while compressing, if that is when they were.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sequential: Option<SequentialRecord>,
+}
+
+/// Inputs were measured while compressing: those of each linear site in the fine-tune whose
+/// sites before it have the deltas that the artifact gives them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SequentialRecord {
+    /// Tokens that were run as one document, the last ones maybe fewer.
+    pub window_tokens: usize,
+}
+
+impl fmt::Display for StatisticsRecord {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { model, source, n_tokens, sequential, .. } = self;
+        write!(f, "{source} ({n_tokens} tokens, inputs of {}", model.name)?;
+        f.write_str(if sequential.is_some() { " as far as it was compressed)" } else { ")" })
+    }
 }
 
 /// What an input is called: its block and its name within it, `layers.3.feed_forward`.

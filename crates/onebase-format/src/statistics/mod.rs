@@ -6,7 +6,7 @@ mod reader;
 mod writer;
 
 pub use manifest::{
-    InputRecord, STATISTICS_FILE, STATISTICS_FORMAT, STATISTICS_VERSION, Source,
+    InputRecord, STATISTICS_FILE, STATISTICS_FORMAT, STATISTICS_VERSION, SequentialRecord, Source,
     StatisticsManifest, StatisticsRecord, input_name,
 };
 pub use reader::Statistics;

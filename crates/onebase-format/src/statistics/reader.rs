@@ -69,10 +69,11 @@ impl Statistics {
     pub fn record(&self) -> StatisticsRecord {
         let StatisticsManifest { model, source, n_tokens, .. } = &self.manifest;
         StatisticsRecord {
-            blake3: self.digest,
+            blake3: Some(self.digest),
             model: model.clone(),
             source: source.clone(),
             n_tokens: *n_tokens,
+            sequential: None,
         }
     }
 

@@ -18,6 +18,14 @@ struct Route {
     weight: f32,
 }
 
+/// Of one expert at a time: its rows of the input, and its two activations.
+#[derive(Default)]
+struct Buffers {
+    x: Vec<f32>,
+    gate: Vec<f32>,
+    up: Vec<f32>,
+}
+
 impl<'a> Pass<'_, 'a> {
     /// Adds to the stream what the experts give that the router chooses for each row.
     ///
@@ -35,51 +43,100 @@ impl<'a> Pass<'_, 'a> {
         let backend = self.model.backend;
         let hidden = self.model.config.hidden_size;
         let width = mixture(self.model, None).expert_size;
-        let [mut x, mut gate, mut up, mut out] = [const { Vec::new() }; 4];
+        let mut buffers = Buffers::default();
+        let mut out = Vec::new();
         self.out.fill(0.0);
         let mut rest = &routes[..];
         for (expert, mlp) in experts.iter().enumerate() {
             let (own, others) = rest.split_at(rest.partition_point(|r| r.expert == expert));
             rest = others;
             let n = own.len();
-            x.clear();
-            for route in own {
-                x.extend_from_slice(&self.x[route.row * hidden..(route.row + 1) * hidden]);
-            }
-            observer.observe(index, SiteInput::Expert(expert), rows(&x, hidden));
-            gate.resize(n * width, 0.0);
+            self.expert_input(own, &mut buffers);
+            observer.observe(index, SiteInput::Expert(expert), rows(&buffers.x, hidden));
+            self.expert_gated(index, expert, mlp, own, &mut buffers);
+            observer.observe(index, SiteInput::ExpertOutput(expert), rows(&buffers.gate, width));
             if n > 0 {
-                up.resize(n * width, 0.0);
                 out.resize(n * hidden, 0.0);
-                let groups = self.groups_of(own);
                 let site =
-                    |t: &'a Tenant| -> &'a Mlp<SiteDelta> { &t.decoder.layers[index].mlps[expert] };
-                let x = matrix(&x, n);
-                apply_all(
-                    backend,
-                    &groups,
-                    x,
-                    [
-                        mlp.gate.to(&|t| &site(t).gate, matrix_mut(&mut gate, n)),
-                        mlp.up.to(&|t| &site(t).up, matrix_mut(&mut up, n)),
-                    ],
-                );
-                gated(&mut gate, &up);
-                let x = matrix(&gate, n);
-                apply_all(
-                    backend,
-                    &groups,
-                    x,
-                    [mlp.down.to(&|t| &site(t).down, matrix_mut(&mut out, n))],
-                );
+                    |t: &'a Tenant| -> &'a SiteDelta { &t.decoder.layers[index].mlps[expert].down };
+                let x = matrix(&buffers.gate, n);
+                let down = mlp.down.to(&site, matrix_mut(&mut out, n));
+                apply_all(backend, &self.groups_of(own), x, [down]);
                 for (route, out) in own.iter().zip(out.chunks_exact_mut(hidden)) {
                     out.iter_mut().for_each(|v| *v *= route.weight);
                     add_assign(&mut self.out[route.row * hidden..(route.row + 1) * hidden], out);
                 }
             }
-            observer.observe(index, SiteInput::ExpertOutput(expert), rows(&gate, width));
         }
         add_assign(&mut self.stream, &self.out);
+    }
+
+    /// Shows one input of the experts, `Expert` or `ExpertOutput`, for the input `x`, and
+    /// runs the one expert no further.
+    pub(super) fn peek_expert(
+        &mut self,
+        index: usize,
+        router: &[f32],
+        experts: &[Mlp<Linear>],
+        input: SiteInput,
+        observer: &mut dyn Observer,
+    ) {
+        let (SiteInput::Expert(expert) | SiteInput::ExpertOutput(expert)) = input else { return };
+        let Some(mlp) = experts.get(expert) else { return };
+        let routes = self.routes(index, router);
+        let first = routes.partition_point(|route| route.expert < expert);
+        let own = &routes[first..];
+        let own = &own[..own.partition_point(|route| route.expert == expert)];
+        let mut buffers = Buffers::default();
+        self.expert_input(own, &mut buffers);
+        if input == SiteInput::Expert(expert) {
+            observer.observe(index, input, rows(&buffers.x, self.model.config.hidden_size));
+            return;
+        }
+        self.expert_gated(index, expert, mlp, own, &mut buffers);
+        let width = mixture(self.model, None).expert_size;
+        observer.observe(index, input, rows(&buffers.gate, width));
+    }
+
+    /// Collects the rows of an expert.
+    fn expert_input(&self, own: &[Route], buffers: &mut Buffers) {
+        let hidden = self.model.config.hidden_size;
+        buffers.x.clear();
+        for route in own {
+            buffers.x.extend_from_slice(&self.x[route.row * hidden..(route.row + 1) * hidden]);
+        }
+    }
+
+    /// The gated activation of an expert for its rows.
+    fn expert_gated(
+        &self,
+        index: usize,
+        expert: usize,
+        mlp: &Mlp<Linear>,
+        own: &[Route],
+        buffers: &mut Buffers,
+    ) {
+        let (backend, n) = (self.model.backend, own.len());
+        let width = mixture(self.model, None).expert_size;
+        let Buffers { x, gate, up } = buffers;
+        gate.resize(n * width, 0.0);
+        if n == 0 {
+            return;
+        }
+        up.resize(n * width, 0.0);
+        let groups = self.groups_of(own);
+        let site = |t: &'a Tenant| -> &'a Mlp<SiteDelta> { &t.decoder.layers[index].mlps[expert] };
+        let x = matrix(x, n);
+        apply_all(
+            backend,
+            &groups,
+            x,
+            [
+                mlp.gate.to(&|t| &site(t).gate, matrix_mut(gate, n)),
+                mlp.up.to(&|t| &site(t).up, matrix_mut(up, n)),
+            ],
+        );
+        gated(gate, up);
     }
 
     /// The experts of every row, by expert and then by row.

@@ -23,14 +23,18 @@ pub(crate) fn run(args: &CalibrateArgs, output: &Output) -> anyhow::Result<()> {
     let written = calibrate(&model, &tokens, source, args.window, &args.out, &bar)?;
     bar.stages.finish();
     let widest = written.inputs.values().map(|input| input.in_features).max().unwrap_or(0);
-    if written.n_tokens < widest {
+    warn_of_few_tokens(written.n_tokens, widest);
+    say(&args.out, &written, widest, start.elapsed().as_secs_f64(), output)
+}
+
+/// Says so where tokens are fewer than the input features of the widest site.
+pub(crate) fn warn_of_few_tokens(n_tokens: usize, widest: usize) {
+    if n_tokens < widest {
         Output::note(&format!(
-            "warning: {} tokens are fewer than the {widest} input features of the widest site: \
-             most of its moment is unknown; give more tokens",
-            written.n_tokens
+            "warning: {n_tokens} tokens are fewer than the {widest} input features of the widest \
+             site: most of its moment is unknown; give more tokens"
         ));
     }
-    say(&args.out, &written, widest, start.elapsed().as_secs_f64(), output)
 }
 
 /// The tokens to run, and where they are from.

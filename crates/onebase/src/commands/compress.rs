@@ -5,18 +5,20 @@ use std::time::Instant;
 use anyhow::{Context as _, bail};
 use onebase_codec::{Stage, stage_seconds};
 use onebase_compress::{
-    Calibration, DistillText, Distilled, Job, Pair, Plan, Progress, TablePlan, check_calibrated,
-    compress, compress_part, distill, expected_memory,
+    Calibration, DistillText, Distilled, Inputs, Job, Pair, Plan, Progress, Sequential, TablePlan,
+    check_calibrated, compress, compress_part, distill, expected_memory,
 };
 use onebase_eval::{TextFile, Watcher as _};
 use onebase_format::Checkpoint;
 use onebase_format::artifact::{
-    Artifact, ArtifactWriter, CalibrationRecord, Manifest, Shard, Sizes,
+    Artifact, ArtifactWriter, CalibrationRecord, Manifest, Role, Shard, Sizes,
 };
+use onebase_format::statistics::Source;
 use onebase_model::{Model, TextModel};
 use serde_json::{Map, Value, json};
 
 use crate::args::CompressArgs;
+use crate::commands::calibrate::warn_of_few_tokens;
 use crate::commands::inspect::summary_rows;
 use crate::output::{Bar, Output, Stages, bytes, number, table};
 
@@ -95,22 +97,38 @@ impl Progress for Passes {
     }
 }
 
+/// The inputs by which errors of linear sites are weighed, if they are.
+fn inputs(args: &CompressArgs, pair: &Pair) -> anyhow::Result<Option<Inputs>> {
+    if let Some(dir) = &args.statistics {
+        return Ok(Some(Inputs::Statistics(Arc::new(Calibration::open(dir, pair)?))));
+    }
+    let Some(path) = &args.calibration else { return Ok(None) };
+    let text = TextFile::read(path)?;
+    let tokenizer = TextModel::from_checkpoint(pair.fine_tune())?.tokenizer;
+    let mut tokens = tokenizer.encode(&text.text, true)?;
+    tokens.truncate(args.calibration_tokens);
+    let sites = pair.specs().iter().filter(|spec| spec.role == Role::Linear);
+    let widest = sites.map(|spec| spec.shape[1]).max().unwrap_or(0);
+    warn_of_few_tokens(tokens.len(), widest);
+    let source = Source::Text { name: text.name, blake3: text.digest };
+    let text = Sequential::new(pair, tokens, source, args.calibration_window)?;
+    Ok(Some(Inputs::Sequential(Arc::new(text))))
+}
+
 pub(crate) fn run(args: &CompressArgs, output: &Output) -> anyhow::Result<()> {
     let start = Instant::now();
     let pair = Pair::open(&args.base, &args.fine_tune)?;
     let codec = &args.codec.spec;
     // What a wrong command says is said before whole models are read.
-    if args.statistics.is_some() {
+    if args.statistics.is_some() || args.calibration.is_some() {
         check_calibrated(codec)?;
     }
-    let statistics = args.statistics.as_deref();
-    let calibration = statistics.map(|dir| Calibration::open(dir, &pair)).transpose()?;
     let mut plan = Plan::new(
         codec.clone(),
         args.embeddings.clone().unwrap_or_else(|| TablePlan::Codec(codec.clone())),
         args.vectors.clone(),
     );
-    plan.calibration = calibration.map(Arc::new);
+    plan.calibration = inputs(args, &pair)?;
     let plan = match args.budget {
         Some(_) if args.codec.has_size => {
             bail!("{codec} says its size, so that --budget cannot choose it; give one of them")

@@ -2,7 +2,6 @@ use std::collections::BTreeMap;
 
 use onebase_codec::CodecSpec;
 use onebase_format::artifact::{Artifact, CodecRecord, Manifest, Sizes, Storage};
-use onebase_format::statistics::StatisticsRecord;
 use serde_json::json;
 
 use crate::args::InspectArgs;
@@ -68,9 +67,8 @@ pub(crate) fn summary_rows(manifest: &Manifest, sizes: &Sizes) -> Vec<Vec<String
         *stored.entry(format!("{role}, {how}")).or_insert(0) += 1;
     }
     rows.extend(stored.into_iter().map(|(what, n)| [what, format!("{n} tensors")]));
-    if let Some(StatisticsRecord { source, n_tokens, model, .. }) = &manifest.calibration {
-        let value = format!("{source} ({n_tokens} tokens, inputs of {})", model.name);
-        rows.push(["statistics".to_owned(), value]);
+    if let Some(statistics) = &manifest.calibration {
+        rows.push(["statistics".to_owned(), statistics.to_string()]);
     }
     let mut rows: Vec<Vec<String>> = rows.into_iter().map(Vec::from).collect();
     if let Some(quality) = &manifest.quality() {
