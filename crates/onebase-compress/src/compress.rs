@@ -1,7 +1,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use onebase_codec::{CodecSpec, DeltaLinear, SecondMoment};
+use onebase_codec::{CodecSpec, SecondMoment};
 use onebase_format::artifact::{
     ArtifactWriter, CodecRecord, Done, Manifest, Origin, Role, Run, Shard, Sizes, StoredTensor,
 };
@@ -98,7 +98,7 @@ pub fn compress_part(
     let mut writer = ArtifactWriter::open(target, &run, job.restart)?;
     let done = put_all(pair, plan, job.shard, ours, &mut writer, progress);
     // What is done is worth keeping, but where the fine-tune can only be another one then.
-    if !matches!(done, Err(Error::NotFinite { .. })) {
+    if !matches!(done, Err(Error::NotFinite { .. } | Error::InputNotFinite { .. })) {
         writer.keep();
     }
     done?;
@@ -142,7 +142,7 @@ fn put_all(
         let spec = &pair.specs[index];
         let base = pair.base.tensor(&spec.name)?;
         let fine_tune = pair.fine_tune.tensor(&spec.name)?;
-        if let Some(done) = done.get(&index) {
+        let delta = if let Some(done) = done.get(&index) {
             progress.tensor(&format!("checking {}", spec.name));
             for (tensor, expected) in [(&base, done.base), (&fine_tune, done.fine_tune)] {
                 let got = tensor.digest()?;
@@ -154,22 +154,19 @@ fn put_all(
                     });
                 }
             }
-            let codec = plan.codec(spec, fine_tune.shape());
-            if let (Some(run), Some(codec)) = (&mut sequential, codec)
-                && run.uses(spec)
-                && let Some((_, delta)) = writer.delta(index)?
-            {
-                let delta = prepared(codec, delta, TensorDelta::new(base, fine_tune))?;
-                run.tell(spec, delta)?;
-            }
+            let is_used = sequential.as_ref().is_some_and(|run| run.uses(spec));
+            if is_used { writer.delta(index)?.map(|(_, delta)| delta) } else { None }
         } else {
+            let is_linear = spec.role == Role::Linear;
             let moment = match &mut sequential {
-                // What is the base's needs no moment.
-                Some(run) if spec.role != Role::Linear || !same_bytes(&base, &fine_tune)? => {
-                    progress.tensor(&format!("{} (measuring)", spec.name));
+                // What is the base's needs none.
+                Some(_) if is_linear && same_bytes(&base, &fine_tune)? => None,
+                Some(run) => {
+                    if is_linear {
+                        progress.tensor(&format!("measuring for {}", spec.name));
+                    }
                     run.moment(spec)?
                 }
-                Some(_) => None,
                 None => plan.moment(spec)?,
             };
             progress.tensor(&spec.name);
@@ -181,13 +178,14 @@ fn put_all(
                     spec.name
                 ));
             }
-            let codec = plan.codec(spec, fine_tune.shape());
-            if let (Some(run), Some(codec), Some(delta)) = (&mut sequential, codec, delta)
-                && run.uses(spec)
-            {
-                let delta = prepared(codec, delta, TensorDelta::new(base, fine_tune))?;
-                run.tell(spec, delta)?;
-            }
+            delta
+        };
+        if let (Some(run), Some(delta)) = (&mut sequential, delta)
+            && let Some(codec) = plan.codec(spec, fine_tune.shape())
+            && run.uses(spec)
+        {
+            let of = TensorDelta::new(base, fine_tune);
+            run.tell(spec, codec.prepare(delta).map_err(|e| of.explain(e))?)?;
         }
         progress.advance(fine_tune.size_bytes() as u64);
     }
@@ -207,15 +205,6 @@ fn put_all(
         }
     }
     Ok(())
-}
-
-/// A delta ready to serve.
-fn prepared(
-    codec: &CodecSpec,
-    encoded: EncodedDelta,
-    of: TensorDelta<'_>,
-) -> Result<Box<dyn DeltaLinear>> {
-    codec.prepare(encoded).map_err(|e| of.explain(e))
 }
 
 /// Stores a tensor and gives its delta, where it has one.

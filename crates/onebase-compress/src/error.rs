@@ -174,9 +174,10 @@ impl Error {
             Error::OtherStatistics { .. } => {
                 Some("measure the base or the fine-tune with `onebase calibrate`".into())
             }
-            Error::ShortText { .. } => {
-                Some("give a longer text, or more of it with --distill-tokens".into())
-            }
+            Error::ShortText { .. } => Some(
+                "give a longer text, or more of it with --distill-tokens or --calibration-tokens"
+                    .into(),
+            ),
             Error::LogitsNotFinite { .. } | Error::InputNotFinite { .. } => {
                 Some("look for weights of extreme size".into())
             }

@@ -554,3 +554,45 @@ fn statistics_are_measured_and_refused() {
         assert!(text.contains("t.txt (40 tokens, inputs of base)"), "{text}");
     }
 }
+
+#[test]
+fn inputs_are_measured_while_compressing() {
+    let place = Place::new();
+    let (base, math, out, text) = (arg("base"), arg("math"), place.text("a"), place.text("t.txt"));
+    std::fs::write(&text, "Tom has 3 boxes of 12 pens and gives 5 pens to Ann. ".repeat(60))
+        .unwrap();
+    let compress = ["compress", &base, &math, "--out", &out, "--calibration", &text];
+    let run = |more: &[&str]| Run::of(command(compress.iter().chain(more)).arg("--json"));
+    for other in [
+        &["--statistics", "stats"][..],
+        &["--shard", "1/2"],
+        &["--allocate", "--budget", "2bpw"],
+        &["--calibration-window", "0"],
+    ] {
+        run(&[&["--codec", "deltamix"], other].concat()).exits(2).says(&[other[0]]);
+    }
+    let alone = ["compress", &base, &math, "--out", &out, "--calibration-tokens", "9"];
+    onebase(alone).exits(2).says(&["--calibration <TEXT>"]);
+    let refused = run(&["--codec", "sign"]).exits(1);
+    refused.says(&["codec sign cannot be calibrated", "hint: delta-come", "--calibration"]);
+    std::fs::write(place.path("empty.txt"), "").unwrap();
+    let empty = ["compress", &base, &math, "--out", &out, "--codec", "deltamix", "--calibration"];
+    Run::of(command(empty).arg(place.path("empty.txt"))).exits(1).says(&["a text of 0 tokens"]);
+    assert_eq!(place.names(), ["empty.txt", "t.txt"]);
+
+    let codec = ["--codec", "deltamix:bits=1", "--embeddings", "rtn:bits=4"];
+    let few = ["--calibration-tokens", "50", "--calibration-window", "20"];
+    let got = run(&[codec, few].concat()).exits(0);
+    let got = got.says(&["warning: 50 tokens are fewer than the", "input features"]).object();
+    if let Some(peak) = got["peak_memory_bytes"].as_u64() {
+        assert!(peak <= got["expected_memory_bytes"].as_u64().unwrap(), "{peak}");
+    }
+    let got = onebase(["inspect", &out, "--json"]).exits(0).object();
+    let record = &got["calibration"];
+    assert_eq!((&record["n_tokens"], &record["source"]["name"]), (&json!(50), &json!("t.txt")));
+    assert_eq!(record["sequential"], json!({"window_tokens": 20}));
+    let said = onebase(["inspect", &out]).exits(0).stdout;
+    let how = "t.txt (50 tokens, inputs of math as far as it was compressed)";
+    assert!(said.contains(how), "{said}");
+    onebase(["verify", &base, &out]).exits(0);
+}

@@ -80,6 +80,36 @@ fn a_run_that_is_killed_again_and_again_gives_what_an_unbroken_one_gives() {
     assert_eq!(place.names(), ["out", "undisturbed"]);
 }
 
+/// Inputs that were measured through the deltas of an earlier process are the same.
+#[test]
+fn a_killed_run_that_measures_inputs_gives_what_an_unbroken_one_gives() {
+    let place = Place::new();
+    let side = Place::new();
+    let text = side.text("t.txt");
+    std::fs::write(&text, "Tom has 3 boxes of 12 pens and gives 5 pens to Ann. ".repeat(60))
+        .unwrap();
+    let arguments = |out: &str, tokens: &str| {
+        let codec = "deltamix:bits=1";
+        let mut args = compress_args(&demo("math"), codec, &place.path(out));
+        let more = ["--calibration", &text, "--calibration-tokens", tokens];
+        args.extend(more.map(str::to_owned));
+        args
+    };
+    onebase(arguments("undisturbed", "600")).exits(0);
+    let args = arguments("out", "600");
+    for n_lines_before in [9, 30] {
+        let child = silent(command(&args)).spawn().unwrap();
+        wait_until("some tensors are done", || n_lines(&place) > n_lines_before);
+        kill(child);
+        assert_eq!(place.names(), [WORK, "undisturbed"]);
+    }
+    let other = onebase(arguments("out", "500")).exits(1);
+    other.says(&["belongs to another run: calibration is", "\"n_tokens\":600", "--restart"]);
+    onebase(&args).exits(0).says(&["going on with an earlier run:"]);
+    assert!(contents(&place.path("out")) == contents(&place.path("undisturbed")));
+    assert_eq!(place.names(), ["out", "undisturbed"]);
+}
+
 /// A process that ended after the first tensors of a slow run.
 fn killed_run(place: &Place, fine_tune: &Path) {
     let args = compress_args(fine_tune, SLOW, &place.path("out"));

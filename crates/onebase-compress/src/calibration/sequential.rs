@@ -29,7 +29,7 @@ impl Sequential {
     /// windows of `window_tokens`, at least one and at most the base's context.
     ///
     /// # Errors
-    /// When there is no token, or a model cannot be read.
+    /// When there is no token, one is outside the vocabulary, or a model cannot be read.
     pub fn new(
         pair: &Pair,
         tokens: Vec<u32>,
@@ -38,6 +38,11 @@ impl Sequential {
     ) -> Result<Self> {
         if tokens.is_empty() {
             return Err(Error::ShortText { n_tokens: 0, least: 1 });
+        }
+        let config = ModelConfig::from_json(pair.fine_tune.config(), pair.fine_tune.dir())?;
+        let vocab_size = config.vocab_size;
+        if let Some(token) = tokens.iter().find(|token| **token as usize >= vocab_size) {
+            return Err(onebase_model::Error::Token { token: *token, vocab_size }.into());
         }
         let base = Model::load(Checkpoint::open(pair.base.dir())?)?;
         let window_tokens = held_window(&base, window_tokens);
@@ -59,7 +64,7 @@ impl Sequential {
     /// Bytes that are held from the first linear site to the last: the residual stream of
     /// all tokens, the buffers of a window in a block, and the base, which is mapped.
     pub(crate) fn held_bytes(&self) -> u64 {
-        let config: &ModelConfig = self.base.config();
+        let config = self.base.config();
         let heads = (config.n_heads + config.n_kv_heads) * config.head_dim;
         let expert_size = config.mixture.as_ref().map_or(0, |mixture| mixture.expert_size);
         let n_experts = config.mixture.as_ref().map_or(0, |mixture| mixture.n_experts);
@@ -120,7 +125,7 @@ impl<'a> SequentialRun<'a> {
     /// tokens; `None` of an expert that no token is sent to, and of what is no linear site.
     ///
     /// # Errors
-    /// When a token is outside the vocabulary, or an input is no finite number.
+    /// When a vector cannot be encoded, or an input is no finite number.
     pub(crate) fn moment(&mut self, spec: &TensorSpec) -> Result<Option<Arc<SecondMoment>>> {
         if spec.role == Role::Head {
             // The last site is behind, and tables are the largest tensors.
