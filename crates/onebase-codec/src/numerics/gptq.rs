@@ -21,6 +21,7 @@ use half::f16;
 use rayon::prelude::*;
 
 use super::HessianFactor;
+use super::hessian::PRODUCT_BYTES;
 
 /// How a scale is stored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -240,7 +241,7 @@ pub fn zero_loss(w: &[f32], factor: &HessianFactor) -> Vec<f64> {
 pub fn gptq_bytes([n_rows, n]: [usize; 2], n_groups: usize, n_threads: usize) -> usize {
     let tile =
         TILE.min(n_rows) * size_of::<f32>() * (4 * n + BLOCK) + size_of::<f32>() * BLOCK * BLOCK;
-    n_rows * (n + 5 * n_groups + 8) + n_threads * (tile + (1 << 20))
+    n_rows * (n + 5 * n_groups + 8) + n_threads * (tile + PRODUCT_BYTES)
 }
 
 /// Rows that are rounded together; of any number of threads, so that sums are the same.

@@ -30,6 +30,9 @@ const MOST_DAMPING: f64 = 1.0;
 /// The damping that is tried after none.
 const LEAST_DAMPING: f64 = 1e-6;
 
+/// The bytes that a thread keeps for products once it has computed one.
+pub(super) const PRODUCT_BYTES: usize = 5 << 20;
+
 /// Rows of a panel of the factor.
 const PANEL: usize = 128;
 
@@ -188,7 +191,7 @@ impl HessianFactor {
     /// The most bytes that [`HessianFactor::new`] holds at a time, the factor included and
     /// the second moment not.
     pub fn working_bytes(n: usize) -> usize {
-        size_of::<f64>() * n * n + Self::bytes(n) + (1 << 20)
+        size_of::<f64>() * n * n + Self::bytes(n) + PRODUCT_BYTES
     }
 
     /// The factor of a matrix, given by its elements on and below the diagonal, plus
