@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use onebase_codec::{CALIBRATED, CODECS, CodecSpec};
 use onebase_compress::{
-    Budget, Calibration, Error, Job, Pair, Plan, Silent, TablePlan, VectorPlan, calibrate,
+    Budget, Calibration, Error, Inputs, Job, Pair, Plan, Silent, TablePlan, VectorPlan, calibrate,
     check_calibrated, compress, compress_part, expected_memory, generated_tokens, join,
     random_tokens, restore, verify,
 };
@@ -185,7 +185,7 @@ impl Demo {
     fn plan(&self, codec: &str, statistics: &str) -> Plan {
         let calibration = Calibration::open(&self.path(statistics), &self.pair).unwrap();
         Plan {
-            calibration: Some(Arc::new(calibration)),
+            calibration: Some(Inputs::Statistics(Arc::new(calibration))),
             ..Plan::new(codec.parse().unwrap(), TablePlan::Exact, VectorPlan::Exact)
         }
     }
@@ -315,7 +315,7 @@ fn experts_without_tokens_are_encoded_without_moments() {
     assert!(pair.specs().iter().any(|spec| spec.name == SAME));
     for codec in CALIBRATED.iter().map(|codec| codec.name()) {
         let plan = Plan {
-            calibration: Some(Arc::clone(&calibration)),
+            calibration: Some(Inputs::Statistics(Arc::clone(&calibration))),
             ..Plan::new(codec.parse().unwrap(), TablePlan::Exact, VectorPlan::Exact)
         };
         let out = folder.dir.path().join(codec);
