@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::compress::{TOOL, codec_record};
 use crate::model_card::model_card;
 use crate::pair::TensorDelta;
-use crate::{Error, Pair, Plan, Result, TablePlan};
+use crate::{Error, Inputs, Pair, Plan, Result, TablePlan};
 
 /// How large an artifact may be at most.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -219,7 +219,7 @@ impl Known {
                 }
             });
         }
-        let calibration = plan.calibration.as_ref().map(|calibration| calibration.record());
+        let calibration = plan.calibration.as_ref().map(Inputs::record);
         let names = Names {
             tool: TOOL,
             base: &self.base,

@@ -14,7 +14,7 @@ use crate::calibration::SequentialRun;
 use crate::model_card::model_card;
 use crate::pair::TensorDelta;
 use crate::plan::encode;
-use crate::{Error, Pair, Plan, Progress, Result};
+use crate::{Error, Inputs, Pair, Plan, Progress, Result};
 
 pub(crate) const TOOL: &str = concat!("onebase ", env!("CARGO_PKG_VERSION"));
 
@@ -91,7 +91,7 @@ pub fn compress_part(
             ("vectors".to_owned(), plan.vectors.to_string().into()),
             ("sites".to_owned(), Value::Object(sites.collect())),
         ]),
-        calibration: plan.calibration.as_ref().map(|calibration| calibration.record()),
+        calibration: plan.calibration.as_ref().map(Inputs::record),
         n_tensors: pair.specs.len(),
         shard: job.shard,
     };
