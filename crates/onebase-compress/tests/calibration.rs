@@ -230,7 +230,7 @@ fn artifacts_say_what_they_were_encoded_with() {
         let plan = demo.plan(codec, "stats");
         let whole = compress(&demo.pair, &plan, &at("whole"), &Silent).unwrap();
         let (Manifest { calibration, .. }, _) = &whole;
-        assert_eq!(*calibration, plan.calibration.as_ref().map(|c| c.record()), "{codec}");
+        assert_eq!(*calibration, plan.calibration.as_ref().map(Inputs::record), "{codec}");
         let artifact = Artifact::open(&at("whole")).unwrap();
         verify(demo.pair.base(), &artifact, &Silent).unwrap();
         restore(demo.pair.base(), &artifact, &at("restored"), &Silent).unwrap();
