@@ -258,18 +258,6 @@ pub(crate) struct CompareArgs {
     /// use them
     #[arg(long, value_name = "STATS")]
     pub(crate) statistics: Option<PathBuf>,
-    /// A plain text: inputs are measured on it while compressing, of each linear site through
-    /// those that are compressed already; never one that the fine-tune is judged by
-    #[arg(long, value_name = "TEXT", conflicts_with_all = ["statistics", "shard", "allocate"])]
-    pub(crate) calibration: Option<PathBuf>,
-    /// Tokens of that text to use, the first ones
-    #[arg(long, value_name = "N", default_value = "16384", value_parser = positive,
-        requires = "calibration")]
-    pub(crate) calibration_tokens: usize,
-    /// Tokens that are run as one document
-    #[arg(long, value_name = "TOKENS", default_value_t = onebase_compress::WINDOW_TOKENS,
-        value_parser = positive, requires = "calibration")]
-    pub(crate) calibration_window: usize,
     #[command(flatten)]
     pub(crate) measure: MeasureArgs,
     /// The report, an HTML file; its data goes beside it with the ending `.json`
