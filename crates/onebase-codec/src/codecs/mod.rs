@@ -16,14 +16,18 @@ codecs! {
     sign::Sign,
     low_rank::LowRank,
     magnitude::Magnitude,
+    dare::Dare,
     dqrelo::Dqrelo,
     dqrelo_plus::DqreloPlus,
     delta_come::DeltaCome,
     deltamix::DeltaMix,
+    deltadq::DeltaDq,
 }
 
 /// The codecs whose deltas can be multiplied by a number in their parts.
-pub static RESCALABLE: &[&dyn crate::Rescale] = &[&rtn::Rtn, &sign::Sign, &dqrelo::Dqrelo];
+pub static RESCALABLE: &[&dyn crate::Rescale] =
+    &[&rtn::Rtn, &sign::Sign, &dqrelo::Dqrelo, &deltadq::DeltaDq];
 
 /// The codecs that can weigh errors by the inputs of a site.
-pub static CALIBRATED: &[&dyn crate::Calibrated] = &[&delta_come::DeltaCome, &deltamix::DeltaMix];
+pub static CALIBRATED: &[&dyn crate::Calibrated] =
+    &[&delta_come::DeltaCome, &deltamix::DeltaMix, &deltadq::DeltaDq];
