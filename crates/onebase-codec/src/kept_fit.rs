@@ -118,7 +118,10 @@ pub(crate) struct Target {
     products: Vec<f64>,
     /// `Δ H Δᵀ` of each row.
     powers: Vec<f64>,
-    /// Whether rounding may make up for itself, and scales be fitted to outputs.
+    /// Whether rounding may make up for itself: only what was solved for is where the error of
+    /// the outputs is least, so that its distance is all that counts.
+    carries: bool,
+    /// Whether scales are fitted to outputs.
     by_outputs: bool,
 }
 
@@ -154,6 +157,7 @@ impl Block<'_> {
             factor,
             products,
             powers,
+            carries: values == Values::Solved,
             by_outputs: values != Values::Rescaled,
         };
         match values {
@@ -242,7 +246,7 @@ impl Target {
             let code = if scale == 0.0 { 0.0 } else { (value / scale + twice_zero) / 2.0 };
             code.round().clamp(0.0, top)
         };
-        let factor = self.factor.as_ref().filter(|_| self.by_outputs);
+        let factor = self.factor.as_ref().filter(|_| self.carries);
         let Some(l) = factor else {
             for ((value, out), level) in values.iter().zip(codes).zip(levels) {
                 let code = code(*value);

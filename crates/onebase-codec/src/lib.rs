@@ -14,6 +14,7 @@ mod entropy;
 mod error;
 mod factors;
 mod kept;
+mod kept_encoder;
 mod kept_fit;
 mod largest;
 mod masks;

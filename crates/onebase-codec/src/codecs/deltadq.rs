@@ -33,8 +33,9 @@ use rayon::prelude::*;
 use crate::codec::DeltaLinear;
 use crate::entropy::{compress, decompress, pack, packed_bytes, unpack};
 use crate::kept::{Kept, Line};
-use crate::kept_fit::{Block, Inputs, Target, Values};
-use crate::masks::{GENERATOR, Masks, Share, key_of};
+use crate::kept_encoder::{Choice, Encoder, Grid, Range};
+use crate::kept_fit::{Inputs, Values};
+use crate::masks::{GENERATOR, Share, key_of};
 use crate::source::read_finite;
 use crate::sparse_parts::{self, Entries};
 use crate::{
@@ -207,32 +208,7 @@ impl Rescale for DeltaDq {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Grid {
-    Row,
-    Block,
-    Range,
-}
-
-/// How a matrix is encoded.
-#[derive(Clone, Copy, Debug)]
-struct Choice {
-    bits: usize,
-    grid: Grid,
-    group_size: usize,
-    share: Share,
-}
-
-impl Choice {
-    fn masks(&self, key: u64, n_cols: usize) -> Masks {
-        Masks { key, n_cols, group_size: self.group_size, share: self.share }
-    }
-}
-
 const LAYOUT_BYTES: usize = 24;
-
-/// Blocks of rows by which bits of codes and group sizes are chosen.
-const SAMPLE: usize = 6;
 
 /// Options and shape, and what follows from them.
 struct Plan<'a> {
@@ -373,8 +349,7 @@ impl<'a> Plan<'a> {
         let bad = |option, expected: String, got: usize| {
             Err(Error::BadOption { codec: NAME, option, expected, got: got.to_string() })
         };
-        let Share { kept, of } = choice.share;
-        let least = (of as usize).div_ceil(kept.max(1) as usize);
+        let least = choice.least_group();
         if self.options.int("group_size") > 0 && choice.group_size < least.min(self.shape[1]) {
             let expected = format!("{least} or more, so that a weight of each group is kept");
             return bad("group_size", expected, choice.group_size);
@@ -391,8 +366,11 @@ impl<'a> Plan<'a> {
         let [n_rows, n_cols] = self.shape;
         let first = read_finite(delta, 0..n_rows.min(1))?;
         let key = key_of(self.options.int("seed") as u64, &first);
-        let encoder = Encoder { plan: self, delta, inputs, key };
-        let choice = encoder.choose()?;
+        let Self { shape, block_rows, seeds, values, .. } = *self;
+        let encoder = Encoder { shape, block_rows, seeds, values, delta, inputs, key };
+        let candidates = self.candidates();
+        candidates.iter().try_for_each(|choice| self.check(choice))?;
+        let choice = encoder.choose(candidates, self.options.int("group_size") == 0)?;
         let line = match choice.grid {
             Grid::Range => Some(Range::of(encoder.extremes(&choice, None)?, choice.bits)),
             _ => None,
@@ -585,167 +563,4 @@ fn layout_bytes(choice: &Choice, by_frequency: bool, key: u64) -> Vec<u8> {
 fn wrong(part: &str, index: usize, expected: String, got: &str) -> Error {
     let got = got.to_owned();
     PartError::Value { part: part.to_owned(), index, expected, got }.into()
-}
-
-/// Levels between extremes: the weight is `step · (code − zero)`.
-#[derive(Clone, Copy, Debug, PartialEq)]
-struct Range {
-    step: f32,
-    zero: i32,
-}
-
-impl Range {
-    /// Of `bits` between the least and the greatest value.
-    #[allow(clippy::cast_possible_truncation)]
-    fn of([least, greatest]: [f64; 2], bits: usize) -> Self {
-        let bounded = |x: f64| x.clamp(f64::from(-f32::MAX), f64::from(f32::MAX)) as f32;
-        let step = bounded((greatest - least) / f64::from((1u32 << bits) - 1));
-        let zero = -(least / f64::from(step)).round();
-        // Values that are all alike, to rounding, have one code; so have no values.
-        if step == 0.0 || zero.abs() > f64::from(1 << 24) {
-            return Self { step: bounded(least), zero: -1 };
-        }
-        Self { step, zero: zero as i32 }
-    }
-
-    /// As scale and twice the zero of levels `scale · (2 code − twice_zero)`.
-    fn line(self) -> (f64, f64) {
-        (f64::from(self.step) / 2.0, 2.0 * f64::from(self.zero))
-    }
-
-    fn of_row(self) -> Line {
-        Line { factor: self.step / 2.0, twice_zero: 2 * i64::from(self.zero) }
-    }
-}
-
-/// A delta being encoded.
-struct Encoder<'a> {
-    plan: &'a Plan<'a>,
-    delta: &'a dyn DeltaSource,
-    inputs: Option<&'a Inputs<'a>>,
-    key: u64,
-}
-
-/// A block of rows as it is stored.
-struct Coded {
-    candidate: u8,
-    codes: Vec<u8>,
-    /// For each row or for all; none of a range.
-    scales: Vec<bf16>,
-    error: f64,
-}
-
-impl Encoder<'_> {
-    /// The best mask of so many for a block, and what is to be coded under it.
-    fn target(&self, block: usize, choice: &Choice, seeds: usize) -> Result<(u8, Target)> {
-        let [n_rows, n_cols] = self.plan.shape;
-        let first = block * self.plan.block_rows;
-        let rows = read_finite(self.delta, first..n_rows.min(first + self.plan.block_rows))?;
-        let products = self.inputs.map(|inputs| inputs.times(&rows));
-        let of_block = Block { rows: &rows, products: products.as_deref(), n_cols };
-        let masks = choice.masks(self.key, n_cols);
-        let factors = masks.factors();
-        // Where nothing is dropped, all masks are one.
-        let seeds = if choice.share.of_first(n_cols) < n_cols { seeds } else { 1 };
-        let mut columns = Vec::new();
-        let mut best: Option<(u8, Target, f64)> = None;
-        for candidate in 0..seeds.max(1) {
-            masks.columns(block, candidate as u32, &mut columns);
-            let values = self.plan.values;
-            let target = of_block.target(self.inputs, &columns, values, &factors)?;
-            let error = target.error();
-            if best.as_ref().is_none_or(|best| error < best.2) {
-                best = Some((candidate as u8, target, error));
-            }
-        }
-        let Some((candidate, target, _)) = best else {
-            unreachable!("at least one mask was tried")
-        };
-        Ok((candidate, target))
-    }
-
-    /// `line` is scale and twice the zero of a range.
-    fn block(
-        &self,
-        block: usize,
-        choice: &Choice,
-        line: Option<(f64, f64)>,
-        seeds: usize,
-    ) -> Result<Coded> {
-        let (candidate, target) = self.target(block, choice, seeds)?;
-        let (scales, codes, error) = match (choice.grid, line) {
-            (Grid::Range, Some(line)) => {
-                let (codes, error) = target.round_all(choice.bits, line);
-                (Vec::new(), codes, error)
-            }
-            (Grid::Block, _) => target.fit(choice.bits, self.plan.block_rows),
-            _ => target.fit(choice.bits, 1),
-        };
-        Ok(Coded { candidate, codes, scales, error })
-    }
-
-    /// The least and the greatest value that is to be coded, of some blocks or all.
-    fn extremes(&self, choice: &Choice, blocks: Option<&[usize]>) -> Result<[f64; 2]> {
-        let all: Vec<usize> = (0..self.plan.n_blocks()).collect();
-        let (blocks, seeds) = blocks.map_or((&*all, self.plan.seeds), |blocks| (blocks, 1));
-        let of_block = |block: &usize| {
-            let (_, target) = self.target(*block, choice, seeds)?;
-            let values = target.values.iter();
-            Ok(values.fold([f64::INFINITY, f64::NEG_INFINITY], |[least, most], v| {
-                [least.min(*v), most.max(*v)]
-            }))
-        };
-        let none = || [f64::INFINITY, f64::NEG_INFINITY];
-        let both = |a: [f64; 2], b: [f64; 2]| Ok::<_, Error>([a[0].min(b[0]), a[1].max(b[1])]);
-        let got = blocks.par_iter().map(of_block).try_reduce(none, both)?;
-        Ok(if got[0] <= got[1] { got } else { [0.0; 2] })
-    }
-
-    /// The squared error of the outputs of some blocks.
-    fn error(&self, choice: &Choice, blocks: &[usize]) -> Result<f64> {
-        let line = match choice.grid {
-            Grid::Range => {
-                Some(Range::of(self.extremes(choice, Some(blocks))?, choice.bits).line())
-            }
-            _ => None,
-        };
-        let errors = blocks.par_iter().map(|block| Ok(self.block(*block, choice, line, 1)?.error));
-        // In the order of the blocks, whatever the threads.
-        Ok(errors.collect::<Result<Vec<f64>>>()?.iter().sum())
-    }
-
-    /// What gives the least error on some blocks of rows: first of bits and scales, then of group
-    /// sizes.
-    fn choose(&self) -> Result<Choice> {
-        let candidates = self.plan.candidates();
-        candidates.iter().try_for_each(|choice| self.plan.check(choice))?;
-        let n_blocks = self.plan.n_blocks();
-        let n = SAMPLE.min(n_blocks);
-        let blocks: Vec<usize> = (0..n).map(|i| i * n_blocks / n.max(1)).collect();
-        let best = self.best(candidates, &blocks)?;
-        let n_cols = self.plan.shape[1];
-        let Share { kept, of } = best.share;
-        if self.plan.options.int("group_size") > 0 || best.share.of_first(n_cols) >= n_cols {
-            return Ok(best);
-        }
-        let least = (of as usize).div_ceil(kept.max(1) as usize);
-        let sizes = std::iter::successors(Some(least), |size| Some(size * 2));
-        let sizes = sizes.take_while(|size| *size < n_cols).chain([n_cols]);
-        self.best(sizes.map(|group_size| Choice { group_size, ..best }).collect(), &blocks)
-    }
-
-    fn best(&self, candidates: Vec<Choice>, blocks: &[usize]) -> Result<Choice> {
-        let mut best: Option<(Choice, f64)> = None;
-        let alone = candidates.len() == 1;
-        for choice in candidates {
-            let error = if alone { 0.0 } else { self.error(&choice, blocks)? };
-            if best.as_ref().is_none_or(|best| error < best.1) {
-                best = Some((choice, error));
-            }
-        }
-        match best {
-            Some((choice, _)) => Ok(choice),
-            None => unreachable!("there are candidates"),
-        }
-    }
 }
