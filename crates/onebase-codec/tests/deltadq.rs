@@ -48,13 +48,11 @@ fn moment(n: usize) -> Vec<f32> {
 
 /// The squared error of the outputs over that of no delta.
 fn output_error(h: &[f32], data: &[f32], got: &[f32], n: usize) -> f64 {
-    let square = |w: &[f32]| -> f64 {
-        let of_row = |(i, w_i): (usize, &f32)| -> f64 {
-            let row = h[i * n..(i + 1) * n].iter().zip(w);
-            f64::from(*w_i) * row.map(|(h, w)| f64::from(*h) * f64::from(*w)).sum::<f64>()
-        };
-        w.chunks(n).map(|w| w.iter().enumerate().map(of_row).sum::<f64>()).sum()
+    let of_row = |w: &[f32]| -> f64 {
+        let times = |row: &[f32]| row.iter().zip(w).map(|(h, w)| f64::from(h * w)).sum::<f64>();
+        h.chunks(n).zip(w).map(|(row, w)| f64::from(*w) * times(row)).sum()
     };
+    let square = |w: &[f32]| w.chunks(n).map(of_row).sum::<f64>();
     let off: Vec<f32> = data.iter().zip(got).map(|(a, b)| a - b).collect();
     square(&off) / square(data)
 }
