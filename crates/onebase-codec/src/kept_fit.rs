@@ -15,6 +15,9 @@ pub(crate) enum Values {
     /// What changes the outputs least, given what is dropped; itself where inputs are taken
     /// for independent.
     Solved,
+    /// That, times the factor of its row with which outputs keep their size: what is kept of
+    /// them is then all of them on average, and errors do not add up from layer to layer.
+    Unbiased,
     /// Itself times the factor of its row that changes the outputs least.
     Row,
     /// Itself times the weights of its group over those of them that are kept.
@@ -121,6 +124,8 @@ pub(crate) struct Target {
     /// Whether rounding may make up for itself: only what was solved for is where the error of
     /// the outputs is least, so that its distance is all that counts.
     carries: bool,
+    /// Whether scales keep the size of outputs.
+    unbiased: bool,
     /// Whether scales are fitted to outputs.
     by_outputs: bool,
 }
@@ -157,11 +162,16 @@ impl Block<'_> {
             factor,
             products,
             powers,
-            carries: values == Values::Solved,
+            carries: matches!(values, Values::Solved | Values::Unbiased),
+            unbiased: values == Values::Unbiased,
             by_outputs: values != Values::Rescaled,
         };
         match values {
             Values::Solved => target.solve(),
+            Values::Unbiased => {
+                target.solve();
+                target.unbias();
+            }
             Values::Row => target.scale_rows(),
             Values::Rescaled => {
                 for row in target.values.chunks_mut(n_kept.max(1)) {
@@ -189,6 +199,18 @@ impl Target {
                 w[i] /= row[i];
                 let solved = w[i];
                 w[..i].iter_mut().zip(row).for_each(|(w, l)| *w -= l * solved);
+            }
+        }
+    }
+
+    /// Makes `w H Δᵀ` what `Δ H Δᵀ` is, row by row.
+    fn unbias(&mut self) {
+        let n = self.n_kept.max(1);
+        let rows = self.values.chunks_mut(n).zip(self.products.chunks(n));
+        for ((w, products), power) in rows.zip(&self.powers) {
+            let along = dot(w, products);
+            if along > 0.0 {
+                w.iter_mut().for_each(|w| *w *= power / along);
             }
         }
     }
@@ -300,6 +322,7 @@ impl Target {
                 let mut tried = vec![0; own.len()];
                 // What is compared is the error of the outputs, or else that of the values.
                 let (mut up, mut down, mut lost, mut error) = (0.0, 0.0, 0.0, 0.0);
+                let mut power = 0.0;
                 for (row, codes) in rows.clone().zip(tried.chunks_mut(n.max(1))) {
                     self.round(row, bits, (wide, zero), codes, &mut levels);
                     let at = row * n..(row + 1) * n;
@@ -307,6 +330,7 @@ impl Target {
                     let square = self.square(&levels);
                     let of_row = self.powers[row] - 2.0 * wide * along + wide * wide * square;
                     error += of_row;
+                    power += self.powers[row];
                     if self.by_outputs {
                         (up, down, lost) = (up + along, down + square, lost + of_row);
                     } else {
@@ -317,12 +341,24 @@ impl Target {
                         lost += off.sum::<f64>();
                     }
                 }
+                let mut factor = if down > 0.0 { up / down } else { 0.0 };
+                if self.unbiased && up > 0.0 {
+                    factor = power / up;
+                    lost = factor * factor * down - power;
+                    error = lost;
+                    #[allow(clippy::cast_possible_truncation)]
+                    let kept = saturating_bf16(factor as f32);
+                    scale = kept;
+                }
                 if best.as_ref().is_some_and(|best| lost >= best.2) {
                     break;
                 }
                 best = Some((scale, tried, lost, error));
                 #[allow(clippy::cast_possible_truncation)]
-                let next = if down > 0.0 { (up / down) as f32 } else { 0.0 };
+                let next = factor as f32;
+                if self.unbiased {
+                    continue;
+                }
                 let next = saturating_bf16(next);
                 if next == scale {
                     break;

@@ -13,10 +13,12 @@
 //!
 //! - `storage=seeded`: the mask is drawn from a key and costs no bytes; codes are packed, or
 //!   coded by their frequencies where that is shorter.
-//! - `values`: kept weights are not multiplied by the inverse of their share, which keeps sums
-//!   unbiased and makes them noisy, but by one factor for each row, or are solved for: what
-//!   changes the outputs least under the mask, each rounded so that it makes up for the errors of
-//!   those before. Without statistics of inputs, that is the weights as they are.
+//! - `values`: kept weights are not multiplied by the inverse of their share (`rescaled`), but
+//!   solved for: what changes the outputs least under the mask, each rounded so that it makes up
+//!   for the errors of those before (`solved`). That shrinks the outputs, layer after layer;
+//!   `unbiased` multiplies each row so that they keep their size. Without statistics of inputs
+//!   the solution is the weights as they are. `row` takes them as they are, times one factor for
+//!   each row that changes the outputs least.
 //! - `grid`: levels of least squared error with a scale for each row or block, in place of a
 //!   range between extremes.
 //! - `rows`: so many rows share a mask, so that the inputs they read are gathered once.
@@ -104,8 +106,9 @@ impl Codec for DeltaDq {
             },
             OptionSpec {
                 name: "values",
-                doc: "what is kept: solved for least error, with a factor a row, or over the share",
-                kind: Kind::Choice(&["solved", "row", "rescaled"]),
+                doc: "what is kept: solved for, with outputs of full size or of least error; as it is \
+                      with a factor a row, or over the share",
+                kind: Kind::Choice(&["unbiased", "solved", "row", "rescaled"]),
             },
             OptionSpec {
                 name: "grid",
@@ -225,6 +228,7 @@ impl<'a> Plan<'a> {
     fn new(options: &'a Options, shape: [usize; 2]) -> Self {
         let values = match options.choice("values") {
             "solved" => Values::Solved,
+            "unbiased" => Values::Unbiased,
             "row" => Values::Row,
             _ => Values::Rescaled,
         };
