@@ -118,7 +118,7 @@ impl Codec for DeltaDq {
             OptionSpec {
                 name: "rows",
                 doc: "rows of a block, which share a mask",
-                kind: Kind::Int { min: 1, max: 256, multiple_of: 1, default: 16 },
+                kind: Kind::Int { min: 1, max: 256, multiple_of: 1, default: 64 },
             },
             OptionSpec {
                 name: "seeds",
@@ -391,8 +391,7 @@ impl<'a> Plan<'a> {
         let blocks = codes.par_chunks_mut((self.block_rows * n_kept).max(1));
         let blocks = blocks.zip(of_blocks.par_iter_mut()).zip(of_rows).enumerate();
         blocks.try_for_each(|(index, ((codes, of_block), of_rows))| {
-            let coded =
-                encoder.block(index, &choice, line.map(|range| range.line()), self.seeds)?;
+            let coded = encoder.block(index, &choice, line.map(Range::line), self.seeds)?;
             codes.copy_from_slice(&coded.codes);
             of_block.0 = coded.candidate;
             match (of_rows, coded.scales.as_slice()) {
