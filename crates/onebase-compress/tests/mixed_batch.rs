@@ -24,7 +24,8 @@ struct Family {
     tenants: Vec<(String, Tenant)>,
 }
 
-/// The demo's base with both fine-tunes under two codecs each.
+/// The demo's base with both fine-tunes under several codecs each; those in the space of
+/// singular vectors have ranks of their own at every site.
 static FAMILY: LazyLock<Family> = LazyLock::new(|| {
     let model = Model::load(Checkpoint::open(&demo("base")).unwrap()).unwrap();
     let text = TextModel::from_checkpoint(model.checkpoint()).unwrap();
@@ -36,6 +37,9 @@ static FAMILY: LazyLock<Family> = LazyLock::new(|| {
         ("chat", "dense"),
         ("chat", "dense exact"),
         ("math", "dense"),
+        ("math", "deltamix"),
+        ("chat", "deltamix"),
+        ("math", "delta-come"),
     ];
     let tenants = kinds.map(|(fine_tune, codec)| {
         let out = dir.path().join(format!("{fine_tune} {codec}"));
@@ -56,7 +60,7 @@ impl Family {
 }
 
 /// Whom each prompt is for.
-const ASKED: [(&str, &str); 11] = [
+const ASKED: [(&str, &str); 14] = [
     ("base", "Once upon a time"),
     ("math rtn", "Lea has 77 apples and gets 4 more. How many apples does Lea have?"),
     ("math sign", "Lea has 77 apples and gets 4 more. How many apples does Lea have?"),
@@ -71,6 +75,9 @@ const ASKED: [(&str, &str); 11] = [
     ),
     ("math sign", "Tom buys 3 boxes of 12 pens. He gives 5 pens to Ann. How many pens are left?"),
     ("base", "x"),
+    ("math deltamix", "2 + 2"),
+    ("chat deltamix", "Please spell the word saddle."),
+    ("math delta-come", "Lea has 77 apples and gets 4 more. How many apples does Lea have?"),
 ];
 
 fn prompts() -> Vec<Vec<u32>> {
