@@ -22,6 +22,7 @@ struct LastFactor {
     order: ColumnOrder,
     /// What was asked for.
     damping: f64,
+    identity: f64,
     factor: Arc<HessianFactor>,
     is_told: bool,
 }
@@ -55,28 +56,47 @@ impl SecondMoment {
         diagonal.map(|x| f64::from(*x)).sum::<f64>() / self.n.max(1) as f64
     }
 
-    /// [`HessianFactor::new`] of it; the last one is kept.
+    /// [`HessianFactor::new`] of it with `identity` times the mean of its diagonal added to
+    /// the diagonal, so that inputs which were never seen count too; the last one is kept.
     ///
     /// # Errors
     /// As there.
-    pub fn factor(&self, order: ColumnOrder, damping: f64) -> Result<Arc<HessianFactor>> {
+    pub fn factor(
+        &self,
+        order: ColumnOrder,
+        damping: f64,
+        identity: f64,
+    ) -> Result<Arc<HessianFactor>> {
         let mut last = self.factor.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(last) = &*last
             && last.order == order
             && last.damping.to_bits() == damping.to_bits()
+            && last.identity.to_bits() == identity.to_bits()
         {
             return Ok(last.factor.clone());
         }
         // The old one goes first: two may not fit.
         *last = None;
-        let factor = Arc::new(HessianFactor::new(&self.values, self.n, order, damping)?);
-        *last = Some(LastFactor { order, damping, factor: factor.clone(), is_told: false });
+        let factor = if identity > 0.0 {
+            let added = identity * self.mean_diagonal();
+            let mut values = self.values.clone();
+            #[allow(clippy::cast_possible_truncation)]
+            let raise = |x: &mut f32| *x = (f64::from(*x) + added) as f32;
+            values.iter_mut().step_by(self.n + 1).for_each(raise);
+            HessianFactor::new(&values, self.n, order, damping)?
+        } else {
+            HessianFactor::new(&self.values, self.n, order, damping)?
+        };
+        let factor = Arc::new(factor);
+        let told = LastFactor { order, damping, identity, factor: factor.clone(), is_told: false };
+        *last = Some(told);
         Ok(factor)
     }
 
     /// The most bytes that a moment of `n` input features and its factor take together.
     pub fn working_bytes(n: usize) -> usize {
-        n * n * size_of::<f32>() + HessianFactor::working_bytes(n)
+        // The moment, and what the identity is added to.
+        2 * n * n * size_of::<f32>() + HessianFactor::working_bytes(n)
     }
 
     /// The damping of the last factor where it had to be raised, because what was asked
@@ -136,10 +156,10 @@ mod tests {
     fn a_raised_damping_is_told_once() {
         let moment = SecondMoment::new(vec![1.0, 1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0], 3);
         let moment = moment.unwrap();
-        moment.factor(ColumnOrder::Index, 0.01).unwrap();
+        moment.factor(ColumnOrder::Index, 0.01, 0.0).unwrap();
         assert_eq!(moment.take_raised_damping(), None);
-        let first = moment.factor(ColumnOrder::Index, 0.0).unwrap();
-        assert!(Arc::ptr_eq(&first, &moment.factor(ColumnOrder::Index, 0.0).unwrap()));
+        let first = moment.factor(ColumnOrder::Index, 0.0, 0.0).unwrap();
+        assert!(Arc::ptr_eq(&first, &moment.factor(ColumnOrder::Index, 0.0, 0.0).unwrap()));
         let [asked, taken] = moment.take_raised_damping().unwrap();
         assert!(asked == 0.0 && taken > 0.0 && taken == first.damping());
         assert_eq!(moment.take_raised_damping(), None);

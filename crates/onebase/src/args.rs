@@ -122,10 +122,10 @@ pub(crate) struct TokensArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) text: Option<PathBuf>,
     /// N tokens that the model itself writes, at temperature 1
-    #[arg(long, value_name = "N", value_parser = positive)]
+    #[arg(long, value_name = "N", value_parser = tokens)]
     pub(crate) generate: Option<usize>,
     /// N tokens of the vocabulary, each as likely as any other
-    #[arg(long, value_name = "N", value_parser = positive)]
+    #[arg(long, value_name = "N", value_parser = tokens)]
     pub(crate) random: Option<usize>,
 }
 
@@ -385,6 +385,15 @@ fn positive(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(0) | Err(_) => Err("expected a number from 1 on".to_owned()),
         Ok(n) => Ok(n),
+    }
+}
+
+/// Tokens to draw: the stream of more than a few millions fits no machine.
+fn tokens(text: &str) -> Result<usize, String> {
+    const MOST: usize = 1 << 24;
+    match text.parse() {
+        Ok(n) if (1..=MOST).contains(&n) => Ok(n),
+        _ => Err(format!("expected a number from 1 to {MOST}")),
     }
 }
 

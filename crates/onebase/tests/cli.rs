@@ -503,6 +503,7 @@ fn statistics_are_measured_and_refused() {
         &[][..],
         &["--text", &text, "--random", "5"],
         &["--random", "0"],
+        &["--random", "1000000000000"],
         &["--generate", "5", "--tokens", "5"],
         &["--text", &text, "--seed", "1"],
         &["--random", "5", "--window", "0"],

@@ -20,7 +20,7 @@ use onebase_tensor::{EncodedDelta, PartShapes, PartSpec};
 use crate::calibration_options::{DAMPING, GROUP_SIZE, ORDER, TARGET, order, target};
 use crate::codec::DeltaLinear;
 use crate::svd_options::{SEED, SVD, svd_method};
-use crate::svd_space::{Blocks, Grids, Layout, Method, encode, encode_bytes};
+use crate::svd_space::{Blocks, Grids, Layout, MOST_PAIRS, Method, encode, encode_bytes};
 use crate::{Calibrated, Codec, DeltaSource, Kind, OptionSpec, Options, Result, SecondMoment};
 
 /// Parts: see [`Layout`], with groups.
@@ -110,7 +110,8 @@ fn widths(options: &Options, shape @ [n_rows, n_cols]: [usize; 2]) -> Vec<u8> {
     let [m, n] = shape.map(|n| n as f64);
     let mut left = (options.number("bits") * m * n / (m + n)).floor() as usize;
     let by_rank = RANKS.into_iter().flat_map(|(ranks, width)| std::iter::repeat_n(width, ranks));
-    let by_rank = by_rank.chain(std::iter::repeat(REST)).take(n_rows.min(n_cols)).enumerate();
+    let by_rank =
+        by_rank.chain(std::iter::repeat(REST)).take(n_rows.min(n_cols).min(MOST_PAIRS)).enumerate();
     let kept = by_rank.take_while(|(index, width)| {
         let fits = usize::from(*width) <= left;
         left = left.saturating_sub(usize::from(*width));

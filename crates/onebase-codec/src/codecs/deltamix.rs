@@ -6,7 +6,8 @@
 //! the `u_i` are orthonormal, rounding the `v_i` changes the squared outputs by exactly
 //! `Σ s_i² δ_iᵀ G δ_i`, where `G` is the second moment of the inputs: the table of what each
 //! width costs each pair is that of GPTQ's losses, and the widths that cost least in the bits that
-//! there are follow from it by a knapsack, solved exactly. `v` is rounded first. Then what is best
+//! there are follow from it by a knapsack, solved exactly for the pairs that are looked at: those of
+//! the largest singular values, seven tenths as many as codes of one bit would leave room for. `v` is rounded first. Then what is best
 //! for `u`, given the codes of `v`, is found by least squares (the method's correction of the
 //! target), and rounded.
 //!
@@ -31,7 +32,8 @@ use crate::numerics::{Width, allocate};
 use crate::stages::{Stage, timed};
 use crate::svd_options::{SEED, SVD, svd_method};
 use crate::svd_space::{
-    Blocks, Choice, Grids, Layout, MAX_WIDTH, Method, encode, encode_bytes, relative_error,
+    Blocks, Choice, Grids, Layout, MAX_WIDTH, MOST_PAIRS, Method, encode, encode_bytes,
+    relative_error,
 };
 use crate::{Calibrated, Codec, DeltaSource, Kind, OptionSpec, Options, Result, SecondMoment};
 
@@ -76,7 +78,7 @@ impl Codec for DeltaMix {
             OptionSpec { kind: Kind::Choice(&["delta", "kept", "none"]), ..TARGET },
             OptionSpec {
                 name: "sweeps",
-                doc: "times that v is fitted to u again, and u to v",
+                doc: "times that v is fitted to u again, and u to v, with target=delta",
                 kind: Kind::Int { min: 0, max: 16, multiple_of: 1, default: 2 },
             },
             OptionSpec {
@@ -237,7 +239,7 @@ impl Budget {
     /// As [`Codec::most_parts`], of so many pairs at most.
     fn most_parts(&self, most_pairs: usize) -> Vec<PartSpec> {
         // Numbers in names and shapes may have more digits in one part and fewer in another.
-        const DIGITS: usize = 16;
+        const DIGITS: usize = 64;
         let none = Layout::new(self.shape, self.grids, &[]);
         let least = Layout::new(self.shape, self.grids, &[self.widths[0]]).size_bytes();
         let mut bytes = least - none.size_bytes();
@@ -287,5 +289,5 @@ fn units(bits: f64, shape: [usize; 2]) -> f64 {
 fn candidates(options: &Options, shape: [usize; 2]) -> usize {
     let most = units(options.number("bits"), shape);
     // A few more where there are few.
-    ((CANDIDATES * most) as usize + 8).min(shape[0]).min(shape[1])
+    ((CANDIDATES * most) as usize + 8).min(shape[0]).min(shape[1]).min(MOST_PAIRS)
 }

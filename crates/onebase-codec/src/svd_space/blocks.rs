@@ -4,11 +4,16 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 use onebase_kernels::{Affine, Backend, LANES, LowBit, plane_bytes};
-use onebase_tensor::{DType, EncodedDelta, MatrixMut, MatrixRef, PartData, PartShapes, PartSpec};
+use onebase_tensor::{
+    DType, EncodedDelta, MatrixMut, MatrixRef, PartData, PartError, PartShapes, PartSpec,
+};
 
 use super::planes::{pack, transpose, unpack_bytes};
 use crate::factors::write_product;
 use crate::{DeltaLinear, Error, Result};
+
+/// The most pairs that a number of [`RANK_BYTES`] can count.
+pub(crate) const MOST_PAIRS: usize = u16::MAX as usize;
 
 /// Widths of codes, 1 to this.
 pub(crate) const MAX_WIDTH: usize = 8;
@@ -337,6 +342,15 @@ impl Blocks {
             *rank = usize::from(u16::from_le_bytes([bytes[0], bytes[1]]));
         }
         let layout = Layout { shape, grids, ranks };
+        let most = n_rows.min(n_cols);
+        if layout.rank() > most {
+            return Err(Error::Part(PartError::Value {
+                part: RANKS.to_owned(),
+                index: 0,
+                expected: format!("at most {most} pairs"),
+                got: layout.rank().to_string(),
+            }));
+        }
         let specs = layout.parts();
         let shape_of = |name: &str| {
             specs.iter().find(|spec| spec.name == name).map_or(&[][..], |spec| &spec.shape)
@@ -409,7 +423,7 @@ fn check_padding(part: &str, planes: &[u8], first: usize, n: usize) -> Result<()
         let padded = (n..8 * plane).find(|bit| bytes[bit / 8] >> (bit % 8) & 1 == 1);
         if let Some(bit) = padded {
             let at = first + index * plane + bit / 8;
-            return Err(Error::Part(onebase_tensor::PartError::Value {
+            return Err(Error::Part(PartError::Value {
                 part: part.to_owned(),
                 index: at,
                 expected: "zeros past the last element".to_owned(),

@@ -14,7 +14,7 @@ use onebase_tensor::{EncodedDelta, saturating_bf16};
 use rayon::prelude::*;
 
 use blocks::Codes;
-pub(crate) use blocks::{Blocks, Grids, Layout, MAX_WIDTH};
+pub(crate) use blocks::{Blocks, Grids, Layout, MAX_WIDTH, MOST_PAIRS};
 pub(crate) use round::relative_error;
 use round::{Left, Right, left, right};
 use weighing::Weighing;
@@ -49,7 +49,7 @@ pub(crate) struct Method {
     /// How much of the inputs' second moment is replaced by the identity, 0 to 1.
     pub(crate) blend: f64,
     pub(crate) target: Target,
-    /// Times that `v` is fitted to `u` again, and `u` to `v`.
+    /// Times that `v` is fitted to `u` again, and `u` to `v`, where that is fitted to the delta.
     pub(crate) sweeps: usize,
 }
 
@@ -165,7 +165,9 @@ fn fit(
     let rank = layout.rank();
     let mut next = None;
     let mut best: Option<(f64, Stored)> = None;
-    for sweep in 0..=method.sweeps {
+    // Else rounds would be fitted to one thing and judged by another.
+    let sweeps = if method.target == Target::Delta { method.sweeps } else { 0 };
+    for sweep in 0..=sweeps {
         let (vectors, s) = next.take().unwrap_or_else(|| (pairs.v.clone(), pairs.s.clone()));
         let right = Right::new(&vectors, s, layout, weighing)?;
         drop(vectors);
@@ -181,7 +183,7 @@ fn fit(
         drop(a);
         let Left { blocks, s, values, error } =
             left(fitted, &k, &right, layout, pairs.unit, method)?;
-        if sweep < method.sweeps {
+        if sweep < sweeps {
             next = Some(next_right(delta, &values, layout.shape)?);
         }
         if best.as_ref().is_none_or(|(least, _)| error < *least) {
@@ -227,13 +229,15 @@ impl Pairs {
 /// Groups of rows whose products one task takes.
 const TASK_GROUPS: usize = 4;
 
+/// Tasks whose products are held before they are added.
+const TASKS_AT_A_TIME: usize = 4;
+
 /// `Aᵀ B` of thin matrices `[n, rank]`, in f64: tasks' sums are added in their order.
 fn gram(a: &Thin, b: &Thin) -> Vec<f64> {
     let rank = a.n_cols();
     let mut sum = vec![0.0; rank * rank];
-    let n_threads = rayon::current_num_threads();
     let firsts: Vec<usize> = (0..a.n_groups()).step_by(TASK_GROUPS).collect();
-    for firsts in firsts.chunks(n_threads) {
+    for firsts in firsts.chunks(TASKS_AT_A_TIME) {
         let products = firsts.par_iter().map(|first| {
             let (mut of_a, mut of_b) = (Vec::new(), Vec::new());
             for group in *first..a.n_groups().min(first + TASK_GROUPS) {
@@ -294,7 +298,8 @@ pub(crate) fn encode_bytes(shape: [usize; 2], candidates: usize, method: &Method
     const F64: usize = size_of::<f64>();
     let [m, n] = shape;
     let (vectors, squares) = (candidates * (m + n), candidates * candidates);
-    let chunks = candidates.max(n) * GROUP * 64;
+    let of_tasks = TASKS_AT_A_TIME * (squares + 2 * TASK_GROUPS * GROUP * candidates);
+    let chunks = candidates.max(n) * GROUP * 64 + F64 * of_tasks;
     // All candidates, those that are kept, what is fitted and what it is made of, codes of the
     // best round and of this one; Gram matrices, inverses and factors.
     let fit = F32 * 6 * vectors + 4 * vectors + F64 * 12 * squares + chunks;

@@ -27,11 +27,38 @@ pub(super) fn right(
             let steps: Vec<f32> = vectors.par_chunks(n).map(|row| half_step(row, width)).collect();
             let grid =
                 Grid::Steps { bits: &vec![narrow(width); n], rows: &steps, columns: &vec![1.0; n] };
-            Coded::new(gptq(vectors, factor, &grid), &grid, factor)
+            let mut rounded = gptq(vectors, factor, &grid);
+            keep_unseen(vectors, width, &steps, factor, &mut rounded);
+            Coded::new(rounded, &grid, factor)
         }
         Grids::Group(size) => {
             let grid = ranges(width, size);
             Coded::new(gptq(vectors, factor, &grid), &grid, factor)
+        }
+    }
+}
+
+/// Rounds elements of inputs that were never seen, which GPTQ takes for zero, to the nearest:
+/// there is no level of zero.
+fn keep_unseen(
+    vectors: &[f32],
+    width: usize,
+    steps: &[f32],
+    factor: &HessianFactor,
+    rounded: &mut Rounded,
+) {
+    let n = factor.n();
+    if factor.n_dead() == 0 {
+        return;
+    }
+    let top = f32::from((1u16 << width) - 1);
+    let rows = rounded.codes.chunks_mut(n).zip(vectors.chunks(n)).zip(steps);
+    for ((codes, vector), step) in rows.filter(|(_, step)| **step > 0.0) {
+        for column in (0..n).filter(|column| factor.is_dead(*column)) {
+            let code = ((vector[column] / step + top + 1.0) / 2.0).floor().clamp(0.0, top);
+            #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+            let code = code as u8;
+            codes[column] = code;
         }
     }
 }

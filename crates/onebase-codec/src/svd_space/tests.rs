@@ -224,3 +224,43 @@ fn bits_in_the_padding_are_refused() {
         assert!(error.to_string().contains("zeros past the last element"), "{error}");
     }
 }
+
+/// Inputs that the calibration never had are stored like any others, and with a part of the
+/// identity they count.
+#[test]
+fn inputs_that_were_never_seen_are_kept() {
+    let [m, n] = SHAPE;
+    let (delta, mut inputs) = example();
+    let unseen = |column: usize| column.is_multiple_of(8);
+    inputs.chunks_mut(n).for_each(|row| {
+        row.iter_mut().enumerate().filter(|(c, _)| unseen(*c)).for_each(|(_, x)| *x = 0.0);
+    });
+    let moment = moment(&inputs);
+    let data = narrow(&delta);
+    let source = MatrixRef::new(&data, m, n).unwrap();
+    for blend in [0.0, 0.5] {
+        let method = Method { blend, ..METHOD };
+        let choose = |_: &Choice<'_>| Ok(vec![8u8; 30]);
+        let encoded = encode(&source, Some(&moment), &method, 30, &choose).unwrap();
+        let mut out = vec![0.0; m * n];
+        Blocks::new(Grids::Pair, encoded).unwrap().write_rows(0..m, &mut out);
+        let [mut lost, mut all] = [0.0; 2];
+        for (at, (w, d)) in delta.iter().zip(&out).enumerate().filter(|(at, _)| unseen(at % n)) {
+            assert!(d.is_finite(), "{at}");
+            lost += (w - f64::from(*d)).powi(2);
+            all += w * w;
+        }
+        assert!(lost < if blend > 0.0 { 0.01 } else { 0.3 } * all, "{blend}: {}", lost / all);
+    }
+}
+
+#[test]
+fn more_pairs_than_a_matrix_has_are_refused() {
+    let spec: CodecSpec = "deltamix".parse().unwrap();
+    let data = narrow(&example().0);
+    let mut delta = spec.encode(&MatrixRef::new(&data, SHAPE[0], SHAPE[1]).unwrap()).unwrap();
+    let ranks = onebase_tensor::Part::new(vec![8, 2], PartData::U8(vec![0xff; 16]));
+    delta.parts.insert("ranks".to_owned(), ranks.unwrap());
+    let error = spec.prepare(delta).map(|_| ()).unwrap_err();
+    assert!(error.to_string().contains("at most 40 pairs"), "{error}");
+}

@@ -40,10 +40,9 @@ impl<'a> Weighing<'a> {
         }
         let factor = match self.moment {
             None => Arc::new(HessianFactor::identity(self.n)),
-            // Of `(1 − β) M / t + β I` that is `M` damped by `β / (1 − β)`, up to its unit.
+            // `(1 − β) M / t + β I`, up to its unit.
             Some((moment, _)) => {
-                let blend = self.blend / (1.0 - self.blend);
-                moment.factor(self.order, self.damping + blend)?
+                moment.factor(self.order, self.damping, self.blend / (1.0 - self.blend))?
             }
         };
         Ok(self.factor.get_or_init(|| factor).clone())
