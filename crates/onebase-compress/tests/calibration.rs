@@ -273,20 +273,21 @@ fn altered_statistics_end_a_run() {
 #[test]
 fn budgets_are_kept_with_statistics() {
     let demo = Demo::new();
-    let budget: Budget = "2.2bpw".parse().unwrap();
+    let budget: Budget = "1.2bpw".parse().unwrap();
     let sized = |spec: &CodecSpec| spec.bits_option().is_some();
-    for codec in CALIBRATED.iter().map(|codec| codec.name()) {
+    for (nth, codec) in CALIBRATED.iter().map(|codec| codec.name()).enumerate() {
         let plan = demo.plan(codec, "stats");
         let Ok(fitted) = budget.fit(&demo.pair, &plan, false) else { continue };
         assert!(fitted.calibration.is_some());
         let mut plans = vec![fitted.clone()];
-        if sized(&plan.linear) {
+        // Every site is encoded at ten sizes: one codec will do.
+        if nth == 0 && sized(&plan.linear) {
             plans.push(budget.allocate(&demo.pair, &fitted, &Silent).unwrap());
         }
         for (index, plan) in plans.iter().enumerate() {
             let out = demo.path(&format!("{codec}-{index}"));
             let (_, sizes) = compress(&demo.pair, plan, &out, &Silent).unwrap();
-            assert!(sizes.effective_bpw_linear() <= 2.2, "{codec}");
+            assert!(sizes.effective_bpw_linear() <= 1.2, "{codec}");
         }
         let memory = |plan: &Plan| expected_memory(&demo.pair, plan, 2).unwrap().bytes;
         let without = Plan { calibration: None, ..plan.clone() };

@@ -149,11 +149,15 @@ fn altered_parts_of_every_codec_are_refused() {
                 stored.bytes.truncate(stored.shape[0] * row);
             };
             part_refusals(&codec, part, shortened, |error| {
-                let PartError::Shape { part: name, expected, got } = error else {
-                    panic!("{codec}, {part}: {error:?}")
-                };
-                assert_eq!((name, expected), (part, &shape));
-                assert_eq!(got[0] + 1, shape[0]);
+                match error {
+                    PartError::Shape { part: name, expected, got } => {
+                        assert_eq!((name, expected), (part, &shape));
+                        assert_eq!(got[0] + 1, shape[0]);
+                    }
+                    // The length of codes by their frequencies is known from them alone.
+                    PartError::Value { part: name, .. } => assert_eq!(name, part),
+                    _ => panic!("{codec}, {part}: {error:?}"),
+                }
             });
             let reshaped = |stored: &mut Stored| stored.shape.insert(0, 1);
             part_refusals(&codec, part, reshaped, |error| {
