@@ -24,7 +24,7 @@ pub(crate) struct CodedFactors {
 }
 
 /// One scale for a whole vector; a multiple of the lanes.
-const GROUP_SIZE: usize = 1 << 30;
+pub(crate) const WHOLE_VECTOR: usize = 1 << 30;
 
 impl CodedFactors {
     /// Codes `u` and `v` of a matrix, with the scales.
@@ -58,8 +58,8 @@ impl CodedFactors {
             let left = &svd.u[r * n_rows..(r + 1) * n_rows];
             let right = &svd.v[r * n_cols..(r + 1) * n_cols];
             let row = &mut v[r * bits * v_plane..(r + 1) * bits * v_plane];
-            backend.fit_low_bit(right, bits, GROUP_SIZE, row, &mut grid);
-            backend.fit_low_bit(left, bits, GROUP_SIZE, &mut column, &mut grid);
+            backend.fit_low_bit(right, bits, WHOLE_VECTOR, row, &mut grid);
+            backend.fit_low_bit(left, bits, WHOLE_VECTOR, &mut column, &mut grid);
             #[allow(clippy::cast_possible_truncation)]
             let fitted =
                 (s * best_scale(&column, bits, left) * best_scale(row, bits, right)) as f32;
@@ -111,7 +111,7 @@ impl CodedFactors {
             codes,
             scale,
             bits: self.bits,
-            group_size: GROUP_SIZE,
+            group_size: WHOLE_VECTOR,
             in_features,
         };
         backend.add_low_bit(matrix(&self.v, scale, self.shape[1]), x, &mut inner);

@@ -78,6 +78,18 @@ pub enum Error {
         /// `[rows, columns]`.
         shape: [usize; 2],
     },
+    /// Products on the way are beyond the range of numbers.
+    #[error(
+        "products of weights and inputs are no finite numbers: element {row}, {column} is {got}"
+    )]
+    Overflow {
+        /// A row of a matrix that the encoder made.
+        row: usize,
+        /// Its column.
+        column: usize,
+        /// NaN or ∞.
+        got: f64,
+    },
     /// The second moment of inputs is not one, whatever is added to its diagonal.
     #[error(
         "the second moment of {n} inputs is not positive definite, even with {damping} times the \
@@ -112,6 +124,9 @@ impl Error {
             }
             Error::NoConvergence { .. } => {
                 "choose a codec that decomposes no matrix, such as `rtn`".into()
+            }
+            Error::Overflow { .. } => {
+                "look for weights, or statistics of inputs, of extreme size".into()
             }
             Error::NotPositiveDefinite { .. } => {
                 "measure the inputs again: a second moment has no negative eigenvalues".into()

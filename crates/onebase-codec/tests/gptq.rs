@@ -118,6 +118,9 @@ impl Oracle {
                 let q = match grid {
                     None => 0.0,
                     Some(Grid::Steps { bits, rows, columns }) => {
+                        // There is no level of zero for what is never used.
+                        let at = perm[j];
+                        let value = if dead[at] { f64::from(original[at]) } else { value };
                         let step = f64::from(rows[r]) * f64::from(columns[perm[j]]);
                         let most = f64::from((1u32 << bits[perm[j]]) - 1);
                         let code = ((value / step + most) / 2.0).clamp(0.0, most);
@@ -429,7 +432,7 @@ fn a_moment_of_a_few_inputs_is_damped_as_much_as_it_needs() {
     assert!(matches!(got, Err(Error::NotPositiveDefinite { n: 2, damping }) if damping > 0.9));
     for bad in [f32::NAN, f32::INFINITY] {
         let got = HessianFactor::new(&[1.0, 0.0, bad, 1.0], 2, ColumnOrder::Index, DAMPING);
-        assert!(matches!(got, Err(Error::NotFinite { row: 1, column: 0, .. })));
+        assert!(matches!(got, Err(Error::Overflow { row: 1, column: 0, .. })));
     }
     // One direction alone.
     let factor = HessianFactor::new(&[4.0; 100], 10, ColumnOrder::Activation, DAMPING).unwrap();
@@ -438,7 +441,7 @@ fn a_moment_of_a_few_inputs_is_damped_as_much_as_it_needs() {
 }
 
 #[test]
-fn columns_without_input_are_zero_and_cost_nothing() {
+fn columns_without_input_are_zero_or_nearest_and_cost_nothing() {
     let (n, n_rows) = (140, 3);
     let w = gaussian("w", n_rows * n);
     let (rows, columns) = (vec![0.5; n_rows], vec![0.25; n]);
@@ -461,7 +464,14 @@ fn columns_without_input_are_zero_and_cost_nothing() {
             let alive = w.iter().enumerate();
             let alive: Vec<f32> =
                 alive.map(|(at, w)| if factor.is_dead(at % n) { 0.0 } else { *w }).collect();
-            assert_eq!(gptq(&w, &factor, &steps), gptq(&alive, &factor, &steps));
+            // Where no level is zero it is the nearest one, and the others know nothing of it.
+            let (got, without) = (gptq(&w, &factor, &steps), gptq(&alive, &factor, &steps));
+            assert_eq!(got.loss, without.loss);
+            let nearest = gptq(&w, &HessianFactor::identity(n), &steps).codes;
+            for at in 0..w.len() {
+                let codes = if factor.is_dead(at % n) { &nearest } else { &without.codes };
+                assert_eq!(got.codes[at], codes[at]);
+            }
             if n_dead == n {
                 assert_eq!(zero_loss(&w, &factor), [0.0; 3]);
                 assert_eq!(gptq(&w, &factor, &steps).loss, [0.0; 3]);

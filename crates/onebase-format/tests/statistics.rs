@@ -24,11 +24,12 @@ fn source() -> Source {
     Source::Text { name: "t.txt".into(), blake3: Digest::of(b"text") }
 }
 
-/// A symmetric matrix that no other input has.
+/// A second moment that no other input has: its diagonal outweighs the rest.
 fn moment(layer: usize, n: usize) -> Vec<f64> {
     let element = |i: usize| {
         let (row, column) = (i / n, i % n);
-        (layer * 100 + row.max(column) * 10 + row.min(column)) as f64 / 8.0
+        let diagonal = if row == column { 1000 } else { 0 };
+        (layer * 100 + row.max(column) * 10 + row.min(column) + diagonal) as f64 / 8.0
     };
     (0..n * n).map(element).collect()
 }
@@ -246,4 +247,31 @@ fn numbers_that_are_in_no_moment_are_refused() {
         assert_eq!(entry, "layers.1.feed_forward");
         assert!(problem.contains(&format!("row {row}")), "{problem}");
     }
+}
+
+/// Whoever wrote them: what no inputs can have is refused.
+#[test]
+fn a_matrix_that_is_no_moment_is_refused() {
+    for (bad, values) in [
+        ("row 1, column 0: 1 ", [0.0, 1.0, 1.0, 0.0]),
+        ("row 1, column 0: -3 ", [2.0, -3.0, -3.0, 4.0]),
+        ("row 1, column 1: -1 ", [1.0, 0.0, 0.0, -1.0]),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("stats");
+        let mut writer = begin(&path).unwrap();
+        let measured = [Measured { input: "attention", in_features: 2, moment: &values }];
+        writer.put_layer(0, &measured).unwrap();
+        writer.finish().unwrap();
+        let error = Statistics::open(&path).unwrap().moment(0, "attention", 2).unwrap_err();
+        assert!(error.to_string().contains(bad), "{error}");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("stats");
+    let mut writer = begin(&path).unwrap();
+    let same = [Measured { input: "attention", in_features: 2, moment: &[4.0, 2.0, 2.0, 1.0] }];
+    writer.put_layer(0, &same).unwrap();
+    writer.finish().unwrap();
+    // Inputs that are multiples of each other are some.
+    Statistics::open(&path).unwrap().moment(0, "attention", 2).unwrap();
 }

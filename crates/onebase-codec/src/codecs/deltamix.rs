@@ -33,7 +33,6 @@ use crate::stages::{Stage, timed};
 use crate::svd_options::{SEED, SVD, svd_method};
 use crate::svd_space::{
     Blocks, Choice, Grids, Layout, MAX_WIDTH, MOST_PAIRS, Method, encode, encode_bytes,
-    relative_error,
 };
 use crate::{Calibrated, Codec, DeltaSource, Kind, OptionSpec, Options, Result, SecondMoment};
 
@@ -183,9 +182,9 @@ fn table(choice: &Choice<'_>, widths: &[u8], both: bool) -> Result<Vec<f64>> {
     for width in widths.iter().map(|width| usize::from(*width)) {
         let mut losses = choice.losses(width)?;
         if both {
-            let of_u = relative_error(&choice.pairs.u, choice.pairs.shape[0], width);
+            let of_u = choice.lost_of_u(width);
             let costs = losses.iter_mut().zip(of_u.iter().zip(&by_width[0]));
-            costs.for_each(|(loss, (error, dropped))| *loss += error * dropped);
+            costs.for_each(|(loss, (lost, dropped))| *loss += lost * dropped);
         }
         by_width.push(losses);
     }

@@ -270,6 +270,9 @@ impl Tile<'_> {
                 let first = lane.first;
                 self.loss[r] += lane.round(0..lane.len(), lane.len(), |j, value| {
                     let column = factor.column(first + j);
+                    // No level is zero, which others are taken for whose input is always zero:
+                    // the nearest does no harm.
+                    let value = if factor.is_dead(column) { self.w[r * n + column] } else { value };
                     let step = rows[self.first + r] * columns[column];
                     let bits = u32::from(bits[column]);
                     let most = most_code(bits);

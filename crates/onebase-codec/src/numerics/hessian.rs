@@ -84,9 +84,7 @@ impl HessianFactor {
         assert_eq!(Some(h.len()), n.checked_mul(n), "elements of the second moment");
         assert!(damping.is_finite() && damping >= 0.0, "damping {damping}");
         if let Some(at) = h.iter().position(|x| !(*x).into().is_finite()) {
-            #[allow(clippy::cast_possible_truncation)]
-            let got = h[at].into() as f32;
-            return Err(Error::NotFinite { row: at / n, column: at % n, got });
+            return Err(Error::Overflow { row: at / n, column: at % n, got: h[at].into() });
         }
         let diagonal: Vec<f64> = (0..n).map(|j| h[j * (n + 1)].into()).collect();
         let mut positions: Vec<usize> = (0..n).collect();

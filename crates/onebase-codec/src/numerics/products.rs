@@ -42,8 +42,7 @@ pub(crate) fn product_of_columns(a: &[f64], b: &[f64], [n, k, m]: [usize; 3]) ->
 pub(crate) fn solve_positive(a: &[f64], n: usize, ridge: f64) -> Result<Vec<f64>> {
     const MOST: f64 = 1e3;
     if let Some(at) = a.iter().position(|x| !x.is_finite()) {
-        #[allow(clippy::cast_possible_truncation)]
-        return Err(Error::NotFinite { row: at / n, column: at % n, got: a[at] as f32 });
+        return Err(Error::Overflow { row: at / n, column: at % n, got: a[at] });
     }
     #[allow(clippy::cast_precision_loss)]
     let mean = a.iter().step_by(n + 1).sum::<f64>() / n.max(1) as f64;

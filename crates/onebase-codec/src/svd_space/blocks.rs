@@ -9,6 +9,7 @@ use onebase_tensor::{
 };
 
 use super::planes::{pack, transpose, unpack_bytes};
+use crate::coded_factors::WHOLE_VECTOR;
 use crate::factors::write_product;
 use crate::{DeltaLinear, Error, Result};
 
@@ -264,9 +265,6 @@ enum Grid {
     Ranges { scale: Vec<f16>, zero: Vec<u8>, size: usize },
 }
 
-/// One scale for a whole vector; a multiple of the lanes.
-const WHOLE: usize = 1 << 30;
-
 impl Planes {
     /// `y += x Pᵀ` where `P` has `columns` columns.
     fn add_to(
@@ -280,7 +278,7 @@ impl Planes {
         let (codes, in_features) = (&self.codes[..], columns);
         match &self.grid {
             Grid::Scale(scale) => {
-                let delta = LowBit { codes, scale, bits, group_size: WHOLE, in_features };
+                let delta = LowBit { codes, scale, bits, group_size: WHOLE_VECTOR, in_features };
                 backend.add_low_bit(delta, x, y);
             }
             Grid::Ranges { scale, zero, size } => {
@@ -384,8 +382,10 @@ impl Blocks {
                     let (scales, zeros) = &mut taken[index];
                     let n = side.groups(&layout, &block, size);
                     let n_bytes = block.width * plane_bytes(n);
+                    let own = &zero[*zeros..*zeros + n_bytes];
+                    check_padding(["u_zero", "v_zero"][index], own, *zeros, n)?;
                     let mut unpacked = vec![0; n];
-                    unpack_bytes(&zero[*zeros..*zeros + n_bytes], block.width, 0, &mut unpacked);
+                    unpack_bytes(own, block.width, 0, &mut unpacked);
                     let scale = scale[*scales..*scales + n].to_vec();
                     *scales += n;
                     *zeros += n_bytes;

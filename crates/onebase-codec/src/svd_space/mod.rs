@@ -15,13 +15,12 @@ use rayon::prelude::*;
 
 use blocks::Codes;
 pub(crate) use blocks::{Blocks, Grids, Layout, MAX_WIDTH, MOST_PAIRS};
-pub(crate) use round::relative_error;
 use round::{Left, Right, left, right};
 use weighing::Weighing;
 
 use crate::numerics::{
-    ColumnOrder, SvdMethod, Truncated, product, product_of_columns, solve_positive, times,
-    transposed_times, truncated_svd, truncated_svd_bytes,
+    ColumnOrder, HessianFactor, SvdMethod, Truncated, product, product_of_columns, solve_positive,
+    times, transposed_times, truncated_svd, truncated_svd_bytes,
 };
 use crate::source::Scaled;
 use crate::stages::{Stage, timed};
@@ -120,6 +119,15 @@ impl Choice<'_> {
             _ => right(&self.pairs.v, width, self.grids, &factor).1,
         };
         Ok(losses.iter().zip(&self.pairs.s).map(|(loss, s)| loss * s * s).collect())
+    }
+
+    /// What rounding each `u` to codes of a width leaves of its squared length, `[rank]`.
+    #[allow(clippy::cast_precision_loss)]
+    pub(crate) fn lost_of_u(&self, width: usize) -> Vec<f64> {
+        let m = self.pairs.shape[0];
+        let losses = right(&self.pairs.u, width, self.grids, &HessianFactor::identity(m)).1;
+        // Elements are about 1, and GPTQ counts half.
+        losses.iter().map(|loss| 2.0 * loss / m as f64).collect()
     }
 }
 

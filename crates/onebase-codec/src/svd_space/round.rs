@@ -9,10 +9,8 @@ use super::blocks::{Codes, Grids, Layout};
 use super::weighing::Weighing;
 use super::{Method, gram, stored};
 use crate::Result;
+use crate::coded_factors::WHOLE_VECTOR;
 use crate::numerics::{Grid, HessianFactor, RangeGrid, Rounded, ScaleFormat, gptq, solve_vector};
-
-/// One scale for a whole vector; a multiple of the lanes.
-const WHOLE: usize = 1 << 30;
 
 /// Vectors `[rank, n]` of codes of one width: codes and grids, and GPTQ's loss of each.
 pub(super) fn right(
@@ -27,38 +25,11 @@ pub(super) fn right(
             let steps: Vec<f32> = vectors.par_chunks(n).map(|row| half_step(row, width)).collect();
             let grid =
                 Grid::Steps { bits: &vec![narrow(width); n], rows: &steps, columns: &vec![1.0; n] };
-            let mut rounded = gptq(vectors, factor, &grid);
-            keep_unseen(vectors, width, &steps, factor, &mut rounded);
-            Coded::new(rounded, &grid, factor)
+            Coded::new(gptq(vectors, factor, &grid), &grid, factor)
         }
         Grids::Group(size) => {
             let grid = ranges(width, size);
             Coded::new(gptq(vectors, factor, &grid), &grid, factor)
-        }
-    }
-}
-
-/// Rounds elements of inputs that were never seen, which GPTQ takes for zero, to the nearest:
-/// there is no level of zero.
-fn keep_unseen(
-    vectors: &[f32],
-    width: usize,
-    steps: &[f32],
-    factor: &HessianFactor,
-    rounded: &mut Rounded,
-) {
-    let n = factor.n();
-    if factor.n_dead() == 0 {
-        return;
-    }
-    let top = f32::from((1u16 << width) - 1);
-    let rows = rounded.codes.chunks_mut(n).zip(vectors.chunks(n)).zip(steps);
-    for ((codes, vector), step) in rows.filter(|(_, step)| **step > 0.0) {
-        for column in (0..n).filter(|column| factor.is_dead(*column)) {
-            let code = ((vector[column] / step + top + 1.0) / 2.0).floor().clamp(0.0, top);
-            #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-            let code = code as u8;
-            codes[column] = code;
         }
     }
 }
@@ -86,29 +57,8 @@ fn narrow(width: usize) -> u8 {
 fn half_step(vector: &[f32], width: usize) -> f32 {
     let mut codes = vec![0; width * plane_bytes(vector.len())];
     let mut scale = [bf16::ZERO];
-    Backend::active().fit_low_bit(vector, width, WHOLE, &mut codes, &mut scale);
+    Backend::active().fit_low_bit(vector, width, WHOLE_VECTOR, &mut codes, &mut scale);
     scale[0].to_f32()
-}
-
-/// What rounding each of some vectors, `[k, n]`, to the nearest level of a width leaves of
-/// its squared length.
-pub(crate) fn relative_error(vectors: &[f32], n: usize, width: usize) -> Vec<f64> {
-    let errors = vectors.par_chunks(n).map(|vector| {
-        let step = f64::from(half_step(vector, width));
-        let top = f64::from((1u16 << width) - 1);
-        let (mut lost, mut power) = (0.0, 0.0);
-        for x in vector {
-            let x = f64::from(*x);
-            let level = match step > 0.0 {
-                true => 2.0 * ((x / step + top + 1.0) / 2.0).floor().clamp(0.0, top) - top,
-                false => 0.0,
-            };
-            lost += (x - step * level).powi(2);
-            power += x * x;
-        }
-        if power > 0.0 { lost / power } else { 0.0 }
-    });
-    errors.collect()
 }
 
 /// Codes and what they stand for.

@@ -1,5 +1,5 @@
 use std::borrow::Cow;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use onebase_kernels::thin::Thin;
 use onebase_tensor::MatrixRef;
@@ -17,7 +17,6 @@ pub(super) struct Weighing<'a> {
     blend: f64,
     order: ColumnOrder,
     damping: f64,
-    factor: OnceLock<Arc<HessianFactor>>,
 }
 
 impl<'a> Weighing<'a> {
@@ -30,22 +29,18 @@ impl<'a> Weighing<'a> {
             (mean > 0.0).then_some((moment, mean))
         });
         let Method { order, damping, .. } = *method;
-        Self { n, moment, blend, order, damping, factor: OnceLock::new() }
+        Self { n, moment, blend, order, damping }
     }
 
     /// The factor by which GPTQ carries errors on.
     pub(super) fn factor(&self) -> Result<Arc<HessianFactor>> {
-        if let Some(factor) = self.factor.get() {
-            return Ok(factor.clone());
-        }
-        let factor = match self.moment {
-            None => Arc::new(HessianFactor::identity(self.n)),
-            // `(1 − β) M / t + β I`, up to its unit.
+        match self.moment {
+            None => Ok(Arc::new(HessianFactor::identity(self.n))),
+            // `(1 − β) M / t + β I`, up to its unit; the moment keeps its last factor.
             Some((moment, _)) => {
-                moment.factor(self.order, self.damping, self.blend / (1.0 - self.blend))?
+                moment.factor(self.order, self.damping, self.blend / (1.0 - self.blend))
             }
-        };
-        Ok(self.factor.get_or_init(|| factor).clone())
+        }
     }
 
     /// `G X` of a thin matrix `[in_features, k]`.

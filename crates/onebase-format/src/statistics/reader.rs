@@ -22,6 +22,9 @@ pub struct Statistics {
     files: BTreeMap<String, SafetensorsFile>,
 }
 
+/// How far sums in f32 may be from what they are sums of.
+const ROUNDING: f64 = 1e-3;
+
 impl Statistics {
     /// Opens a folder that [`super::StatisticsWriter`] has written.
     ///
@@ -156,7 +159,12 @@ impl Statistics {
         for row in 0..n {
             let is_bad = |column: &usize| {
                 let value = moment[row * n + column];
-                !value.is_finite() || (*column == row && value < 0.0)
+                // No mean of products is larger than the roots of the means of the squares.
+                let [a, b] = [row, *column].map(|i| f64::from(moment[i * (n + 1)]));
+                let most = (a * b).sqrt() * (1.0 + ROUNDING) + f64::from(f32::MIN_POSITIVE);
+                !value.is_finite()
+                    || (*column == row && value < 0.0)
+                    || f64::from(value.abs()) > most
             };
             if let Some(column) = (0..=row).find(is_bad) {
                 let value = moment[row * n + column];
