@@ -1,4 +1,4 @@
-//! A synthetic base and fine-tune of a real model's shape, as two Hugging Face folders.
+//! A synthetic base and fine-tunes of a real model's shape, as Hugging Face folders.
 //!
 //! Benchmarks need real sizes and a realistic delta, not a model that says something. Every row
 //! of every tensor is drawn from its own random stream, so that the bytes depend on the options
@@ -35,13 +35,16 @@ pub(crate) struct Args {
         Shape::named(&name).ok_or("no such shape")
     }))]
     shape: Shape,
-    /// Folder for the folders `base` and `fine-tune`, which must not exist
+    /// Folder for the folders `base` and `fine-tune`, or `fine-tune-1` and on, which must not exist
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
     /// Keep only the first N layers
     #[arg(long, value_name = "N")]
     layers: Option<usize>,
-    /// Another seed gives another pair
+    /// Fine-tunes, which have the low-rank parts of their deltas in common
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    fine_tunes: usize,
+    /// Another seed gives other models
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Mean absolute value of a delta's elements
@@ -66,11 +69,23 @@ struct Options {
     seed: u64,
     mean_abs_delta: f32,
     rank: usize,
+    n_fine_tunes: usize,
     max_shard_bytes: u64,
 }
 
 impl Options {
+    /// The names of the folders, the base's first.
+    fn folders(&self) -> Vec<String> {
+        let fine_tunes = 1..=self.n_fine_tunes;
+        let name = |i: usize| match self.n_fine_tunes {
+            1 => FINE_TUNE.to_owned(),
+            _ => format!("{FINE_TUNE}-{i}"),
+        };
+        std::iter::once(BASE.to_owned()).chain(fine_tunes.map(name)).collect()
+    }
+
     fn check(&self) -> Result<()> {
+        ensure!(self.n_fine_tunes > 0, "--fine-tunes: expected one or more, got 0");
         ensure!(
             (0.0..=1.0).contains(&self.mean_abs_delta),
             "--delta: expected a number from 0 to 1, got {}",
@@ -99,31 +114,35 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         seed: args.seed,
         mean_abs_delta: args.delta,
         rank: args.rank,
+        n_fine_tunes: args.fine_tunes,
         max_shard_bytes: MAX_SHARD_BYTES,
     };
     let total_bytes: u64 = shape.tensors().iter().map(TensorSpec::size_bytes).sum();
-    let bar = ProgressBar::new(2 * total_bytes).with_style(ProgressStyle::with_template(
-        "{msg} {wide_bar} {binary_bytes}/{binary_total_bytes}, {binary_bytes_per_sec}, {eta}",
-    )?);
+    let folders = options.folders();
+    let bar = ProgressBar::new(folders.len() as u64 * total_bytes).with_style(
+        ProgressStyle::with_template(
+            "{msg} {wide_bar} {binary_bytes}/{binary_total_bytes}, {binary_bytes_per_sec}, {eta}",
+        )?,
+    );
     bar.set_message(shape.name);
-    write_pair(&args.out, &options, &|n_bytes| bar.inc(n_bytes))?;
+    write_models(&args.out, &options, &|n_bytes| bar.inc(n_bytes))?;
     bar.finish();
     eprintln!(
-        "wrote {} and {}, each with {total_bytes} bytes of weights",
-        args.out.join(BASE).display(),
-        args.out.join(FINE_TUNE).display()
+        "wrote {} in {}, each with {total_bytes} bytes of weights",
+        folders.join(", "),
+        args.out.display()
     );
     Ok(())
 }
 
-/// Writes both folders; neither has its name before both are complete.
-fn write_pair(out: &Path, options: &Options, progress: &dyn Fn(u64)) -> Result<()> {
+/// Writes all folders; none has its name before all are complete.
+fn write_models(out: &Path, options: &Options, progress: &dyn Fn(u64)) -> Result<()> {
     options.check()?;
     let tensors = options.shape.tensors();
     let shards = plan_shards(&tensors, options.max_shard_bytes);
-    let pair =
-        [StagedFolder::create(&out.join(BASE))?, StagedFolder::create(&out.join(FINE_TUNE))?];
-    for folder in &pair {
+    let folders = options.folders().into_iter().map(|name| StagedFolder::create(&out.join(name)));
+    let folders = folders.collect::<Result<Vec<_>, _>>()?;
+    for folder in &folders {
         folder.write(CONFIG_FILE, &side_files::json_bytes(&options.shape.config())?)?;
         for (name, bytes) in side_files::side_files(&options.shape)? {
             folder.write(name, &bytes)?;
@@ -133,19 +152,15 @@ fn write_pair(out: &Path, options: &Options, progress: &dyn Fn(u64)) -> Result<(
         }
     }
     for (file, tensors) in &shards {
-        let [base, fine_tune] = &pair;
         let entries: Vec<TensorEntry> = tensors.iter().map(entry).collect();
         let create = |folder: &StagedFolder| TensorWriter::create(&folder.path(file), &entries);
-        let mut writers = [create(base)?, create(fine_tune)?];
+        let mut writers = folders.iter().map(create).collect::<Result<Vec<_>, _>>()?;
         for tensor in *tensors {
             write_tensor(&mut writers, tensor, options, progress)?;
         }
-        for_both(writers, |writer| {
-            writer.finish()?;
-            Ok(())
-        })?;
+        writers.into_par_iter().try_for_each(|writer| writer.finish().map(|_| ()))?;
     }
-    for folder in pair {
+    for folder in folders {
         folder.commit()?;
     }
     Ok(())
@@ -175,9 +190,9 @@ fn entry(tensor: &TensorSpec) -> TensorEntry {
     TensorEntry { name: tensor.name.clone(), dtype: DType::BF16, shape: tensor.shape.clone() }
 }
 
-/// Draws a tensor of both models by blocks of rows and writes it.
+/// Draws a tensor of all models by blocks of rows and writes it.
 fn write_tensor(
-    writers: &mut [TensorWriter; 2],
+    writers: &mut [TensorWriter],
     tensor: &TensorSpec,
     options: &Options,
     progress: &dyn Fn(u64),
@@ -185,35 +200,26 @@ fn write_tensor(
     let pairs = RowPairs::new(tensor, options);
     let row_bytes = pairs.n_cols() * DType::BF16.size_bytes();
     let block_rows = (BLOCK_WEIGHTS / pairs.n_cols()).max(1);
-    let mut blocks = [Vec::new(), Vec::new()];
+    let mut blocks = vec![Vec::new(); writers.len()];
     for first_row in (0..pairs.n_rows()).step_by(block_rows) {
         let n_rows = block_rows.min(pairs.n_rows() - first_row);
-        let [base, fine_tune] = &mut blocks;
-        base.resize(n_rows * row_bytes, 0);
-        fine_tune.resize(n_rows * row_bytes, 0);
-        base.par_chunks_exact_mut(row_bytes)
-            .zip(fine_tune.par_chunks_exact_mut(row_bytes))
-            .enumerate()
-            .for_each_init(
-                || pairs.scratch(),
-                |scratch, (i, (base, fine_tune))| {
-                    pairs.draw(first_row + i, scratch, base, fine_tune);
-                },
-            );
-        let [base_writer, fine_tune_writer] = &mut *writers;
-        for_both([(base_writer, base), (fine_tune_writer, fine_tune)], |(writer, block)| {
-            Ok(writer.write(block)?)
-        })?;
-        progress(2 * (n_rows * row_bytes) as u64);
+        blocks.iter_mut().for_each(|block| block.resize(n_rows * row_bytes, 0));
+        // By row, its place in each model.
+        let mut rows: Vec<Vec<&mut [u8]>> = (0..n_rows).map(|_| Vec::new()).collect();
+        for block in &mut blocks {
+            for (row, place) in rows.iter_mut().zip(block.chunks_exact_mut(row_bytes)) {
+                row.push(place);
+            }
+        }
+        rows.par_iter_mut().enumerate().for_each_init(
+            || pairs.scratch(),
+            |scratch, (i, places)| pairs.draw(first_row + i, scratch, places),
+        );
+        let writers = writers.par_iter_mut().zip(&blocks);
+        writers.try_for_each(|(writer, block)| writer.write(block))?;
+        progress((blocks.len() * n_rows * row_bytes) as u64);
     }
     Ok(())
-}
-
-/// Does the same for the base and for the fine-tune, at the same time.
-fn for_both<T: Send>(pair: [T; 2], act: impl Fn(T) -> Result<()> + Sync) -> Result<()> {
-    let [base, fine_tune] = pair;
-    let (base, fine_tune) = rayon::join(|| act(base), || act(fine_tune));
-    base.and(fine_tune)
 }
 
 #[cfg(test)]

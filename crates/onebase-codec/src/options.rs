@@ -109,10 +109,18 @@ impl Options {
     /// # Errors
     /// When one is unknown or has a bad value.
     pub fn new(codec: &dyn Codec, given: &Map<String, Value>) -> Result<Self> {
-        let specs = codec.options();
+        Self::complete(codec.name(), codec.options(), given)
+    }
+
+    /// [`Options::new`] for what has this name and these options.
+    pub(crate) fn complete(
+        codec: &'static str,
+        specs: &[OptionSpec],
+        given: &Map<String, Value>,
+    ) -> Result<Self> {
         if let Some(got) = given.keys().find(|name| specs.iter().all(|s| s.name != *name)) {
             return Err(Error::UnknownOption {
-                codec: codec.name(),
+                codec,
                 got: got.clone(),
                 known: specs.iter().map(|s| s.name).collect(),
             });
@@ -122,7 +130,7 @@ impl Options {
             let value = given.get(spec.name).cloned().unwrap_or_else(|| spec.default_value());
             let Some(value) = spec.canonical(&value) else {
                 return Err(Error::BadOption {
-                    codec: codec.name(),
+                    codec,
                     option: spec.name,
                     expected: spec.expected(),
                     got: if value.is_string() { value.to_string() } else { text(&value) },
@@ -171,6 +179,22 @@ impl Options {
 }
 
 impl Options {
+    /// Options as they are written, `option=value,option=value`.
+    ///
+    /// # Errors
+    /// When one is given twice.
+    pub(crate) fn read(text: &str) -> Result<Map<String, Value>> {
+        let mut given = Map::new();
+        for pair in text.split(',').filter(|pair| !pair.is_empty()) {
+            let (option, value) = pair.split_once('=').unwrap_or((pair, ""));
+            let option = option.replace('-', "_");
+            if given.insert(option.clone(), value_of(value)).is_some() {
+                return Err(Error::RepeatedOption { option });
+            }
+        }
+        Ok(given)
+    }
+
     /// Options as they are written, in their order.
     pub(crate) fn text(options: &Map<String, Value>) -> String {
         let written = options.iter().map(|(name, value)| format!("{name}={}", text(value)));
@@ -181,5 +205,14 @@ impl Options {
 impl fmt::Display for Options {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&Self::text(&self.0))
+    }
+}
+
+/// A value as it is written: a whole number, a finite number, or else a word.
+fn value_of(text: &str) -> Value {
+    match (text.parse::<u64>(), text.parse::<f64>()) {
+        (Ok(whole), _) => whole.into(),
+        (_, Ok(number)) if number.is_finite() => number.into(),
+        _ => text.into(),
     }
 }

@@ -32,7 +32,7 @@ impl DeltaSource for MatrixRef<'_> {
 }
 
 /// Elements of a block: together with its codes it fits a second-level cache.
-const BLOCK_WEIGHTS: usize = 1 << 16;
+pub(crate) const BLOCK_WEIGHTS: usize = 1 << 16;
 
 /// Reads a delta in blocks of rows, in parallel, checks that every weight is
 /// finite, and lets `encode` write each block's share of two outputs.

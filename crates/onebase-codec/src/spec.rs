@@ -175,24 +175,6 @@ impl FromStr for CodecSpec {
 
     fn from_str(text: &str) -> Result<Self> {
         let (name, rest) = text.split_once(':').unwrap_or((text, ""));
-        let mut given = Map::new();
-        for pair in rest.split(',').filter(|pair| !pair.is_empty()) {
-            let (option, value) = pair.split_once('=').unwrap_or((pair, ""));
-            let value = value_of(value);
-            let option = option.replace('-', "_");
-            if given.insert(option.clone(), value).is_some() {
-                return Err(Error::RepeatedOption { option });
-            }
-        }
-        Self::new(name, &given)
-    }
-}
-
-/// A value as it is written: a whole number, a finite number, or else a word.
-fn value_of(text: &str) -> Value {
-    match (text.parse::<u64>(), text.parse::<f64>()) {
-        (Ok(whole), _) => whole.into(),
-        (_, Ok(number)) if number.is_finite() => number.into(),
-        _ => text.into(),
+        Self::new(name, &Options::read(rest)?)
     }
 }

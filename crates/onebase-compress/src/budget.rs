@@ -8,7 +8,6 @@ use serde_json::Value;
 
 use crate::compress::{TOOL, codec_record};
 use crate::model_card::model_card;
-use crate::pair::TensorDelta;
 use crate::{Error, Inputs, Pair, Plan, Result, TablePlan};
 
 /// How large an artifact may be at most.
@@ -192,41 +191,63 @@ impl Known {
     /// The sizes that the artifact will have, to the byte; of codecs whose sizes depend on
     /// the deltas, at most.
     pub(crate) fn sizes(&self, pair: &Pair, plan: &Plan) -> Result<Sizes> {
+        let tensors = self.tensors(pair, plan)?;
+        let calibration = plan.calibration.as_ref().map(Inputs::record);
+        let names = Names { calibration: calibration.as_ref(), ..self.names() };
+        let tensors: Vec<&StoredTensor> = tensors.iter().collect();
+        Ok(predicted_sizes(names, &tensors, &self.side_files, model_card)?)
+    }
+
+    /// What the artifact is called, without statistics or nodes.
+    pub(crate) fn names(&self) -> Names<'_> {
+        Names {
+            tool: TOOL,
+            base: &self.base,
+            fine_tune: &self.fine_tune,
+            calibration: None,
+            nodes: &[],
+        }
+    }
+
+    /// Files beside the weights, see [`predicted_sizes`].
+    pub(crate) fn side_files(&self) -> &[(&'static str, Option<u64>)] {
+        &self.side_files
+    }
+
+    /// A tensor as manifests name it, with digests of the right length.
+    pub(crate) fn origin(pair: &Pair, index: usize) -> Result<Origin<'_>> {
+        let spec = &pair.specs[index];
+        let fine_tune = pair.fine_tune.tensor(&spec.name)?;
+        Ok(Origin {
+            index,
+            name: &spec.name,
+            role: spec.role,
+            dtype: fine_tune.dtype(),
+            shape: &spec.shape,
+            base: Digest::of(b""),
+            fine_tune: Digest::of(b""),
+        })
+    }
+
+    /// The tensors as they will be stored.
+    pub(crate) fn tensors(&self, pair: &Pair, plan: &Plan) -> Result<Vec<StoredTensor>> {
         let mut tensors = Vec::new();
         for (index, spec) in pair.specs.iter().enumerate() {
-            let base = pair.base.tensor(&spec.name)?;
-            let fine_tune = pair.fine_tune.tensor(&spec.name)?;
-            let origin = Origin {
-                index,
-                name: &spec.name,
-                role: spec.role,
-                dtype: fine_tune.dtype(),
-                shape: fine_tune.shape(),
-                base: Digest::of(b""),
-                fine_tune: Digest::of(b""),
-            };
-            tensors.push(match plan.codec(spec, fine_tune.shape()) {
+            let origin = Self::origin(pair, index)?;
+            tensors.push(match plan.codec(spec, origin.shape) {
                 _ if self.unchanged[index] => StoredTensor::unchanged(origin),
                 None => StoredTensor::exact(origin),
                 Some(codec) => {
-                    let Some(parts) = codec.most_parts(TensorDelta::new(base, fine_tune).shape())
-                    else {
+                    let delta = pair.delta(&spec.name)?;
+                    let Some(parts) = codec.most_parts(delta.shape()) else {
                         return Err(Error::UnknownSize { codec: codec.to_string() });
                     };
-                    let n_added = fine_tune.shape()[0] - base.shape()[0];
+                    let n_added = origin.shape[0] - delta.base.shape()[0];
                     let parts = parts.into_iter().map(|p| (p.name, p.dtype, p.shape));
                     StoredTensor::delta(origin, codec_record(codec), parts, n_added)
                 }
             });
         }
-        let calibration = plan.calibration.as_ref().map(Inputs::record);
-        let names = Names {
-            tool: TOOL,
-            base: &self.base,
-            fine_tune: &self.fine_tune,
-            calibration: calibration.as_ref(),
-        };
-        let tensors: Vec<&StoredTensor> = tensors.iter().collect();
-        Ok(predicted_sizes(names, &tensors, &self.side_files, model_card)?)
+        Ok(tensors)
     }
 }

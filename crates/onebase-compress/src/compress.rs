@@ -189,9 +189,11 @@ fn put_all(
         }
         progress.advance(fine_tune.size_bytes() as u64);
     }
-    if shard.index > 1 {
-        return Ok(());
-    }
+    if shard.index > 1 { Ok(()) } else { put_side_files(pair, writer) }
+}
+
+/// Stores the files beside the weights.
+pub(crate) fn put_side_files(pair: &Pair, writer: &mut ArtifactWriter) -> Result<()> {
     for name in SIDE_FILES.into_iter().chain([CONFIG_FILE]) {
         if writer.has_file(name) {
             continue;
@@ -208,7 +210,7 @@ fn put_all(
 }
 
 /// Stores a tensor and gives its delta, where it has one.
-fn put_tensor(
+pub(crate) fn put_tensor(
     index: usize,
     spec: &TensorSpec,
     plan: &Plan,

@@ -126,6 +126,30 @@ pub enum Error {
         /// The artifact.
         path: PathBuf,
     },
+    /// Two fine-tunes of a family have one name.
+    #[error("two tenants are called {name:?}")]
+    TwoTenants {
+        /// The name.
+        name: String,
+    },
+    /// Two fine-tunes of a family have the same weights at all linear sites.
+    #[error("{name:?} has the same linear weights as {other:?}")]
+    SameWeights {
+        /// A tenant.
+        name: String,
+        /// The other one.
+        other: String,
+    },
+    /// A family was built from other fine-tunes than those that were given.
+    #[error("tenant {name:?} was made from the fine-tune {expected}, got {}", got.as_deref().unwrap_or("none"))]
+    OtherOriginal {
+        /// The tenant.
+        name: String,
+        /// The digest of the fine-tune that it was made from.
+        expected: String,
+        /// That of what was given, if something was.
+        got: Option<String>,
+    },
     /// The fine-tune is the base.
     #[error("{} has the same weights as the base", path.display())]
     NoChange {
@@ -181,6 +205,14 @@ impl Error {
             Error::LogitsNotFinite { .. } | Error::InputNotFinite { .. } => {
                 Some("look for weights of extreme size".into())
             }
+            Error::TwoTenants { .. } => Some("give one of them another name: NAME=FINETUNE".into()),
+            Error::SameWeights { .. } => {
+                Some("give each fine-tune once; a tenant can be asked for by any name".into())
+            }
+            Error::OtherOriginal { .. } => Some(
+                "give every fine-tune of the family as NAME=FINETUNE, or remove the tenant first"
+                    .into(),
+            ),
             Error::NoChange { .. } => {
                 Some("give the fine-tuned checkpoint; there is no delta to store".into())
             }

@@ -9,6 +9,7 @@ mod calibration;
 mod compress;
 mod distill;
 mod error;
+mod family;
 mod memory;
 mod model_card;
 mod pair;
@@ -25,6 +26,11 @@ pub use calibration::{
 pub use compress::{Job, compress, compress_part, join};
 pub use distill::{DistillText, Distilled, distill};
 pub use error::Error;
+pub use family::{
+    Added, FamilyOptions, FamilyPlan, FamilyPlans, FamilyReport, Member, NodeReport, Relatives,
+    TenantReport, add_to_family, build_family, check_originals, family_report, open_members,
+    rebuild_family, verify_family,
+};
 pub use memory::{ExpectedMemory, expected_memory};
 pub use model_card::updated_model_card;
 pub use pair::{Pair, TensorDelta};

@@ -146,6 +146,7 @@ fn methods(manifest: &Manifest) -> BTreeMap<String, usize> {
                 let options = serde_json::to_string(&codec.options).unwrap_or_default();
                 format!("`{}` {options}", codec.name)
             }
+            Storage::Path { path, .. } => format!("sums over {} nodes", path.len()),
         };
         *counts.entry(method).or_insert(0) += 1;
     }

@@ -56,6 +56,11 @@ impl Pair {
         &self.specs
     }
 
+    /// An error of a family's tree as one that names the base.
+    pub(crate) fn explain_family(&self, source: onebase_codec::Error) -> Error {
+        Error::Codec { path: self.base.dir().to_owned(), tensor: "all".to_owned(), source }
+    }
+
     /// Whether any tensor differs from the base's.
     ///
     /// # Errors

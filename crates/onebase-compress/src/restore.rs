@@ -121,7 +121,7 @@ fn write_tensor(
                 writer.write(&tensor.bytes)?;
             }
         }
-        Storage::Codec { .. } => {
+        Storage::Codec { .. } | Storage::Path { .. } => {
             if let Some(delta) = prepared(artifact, name)? {
                 write_sum(base, &*delta, *dtype, writer)?;
             }

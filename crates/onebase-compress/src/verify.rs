@@ -1,4 +1,4 @@
-use onebase_codec::{CodecSpec, DeltaLinear};
+use onebase_codec::DeltaLinear;
 use onebase_format::Checkpoint;
 use onebase_format::artifact::{Artifact, MANIFEST_FILE, Role, Storage};
 use onebase_model::{ModelConfig, TensorSpec};
@@ -45,7 +45,7 @@ pub fn verify(base: &Checkpoint, artifact: &Artifact, progress: &dyn Progress) -
         }
         progress.advance(base.tensor(&spec.name)?.size_bytes() as u64);
     }
-    let n_files = manifest.files.len() + manifest.inherited.len();
+    let n_files = manifest.files.len() + manifest.nodes.len() + manifest.inherited.len();
     let n_base_tensors = manifest.tensors.len();
     Ok(Verified { n_files, n_base_tensors, n_deltas })
 }
@@ -63,7 +63,9 @@ pub(crate) fn fine_tune_specs(base: &Checkpoint, artifact: &Artifact) -> Result<
             Storage::Codec { added_rows, .. } if spec.role != Role::Vector => {
                 vec![record.shape[0] - added_rows, record.shape[1]]
             }
-            Storage::Codec { .. } | Storage::Unchanged => record.shape.clone(),
+            Storage::Codec { .. } | Storage::Path { .. } | Storage::Unchanged => {
+                record.shape.clone()
+            }
             Storage::Exact { .. } => base_shape.to_vec(),
         };
         for (expected, got) in [(&spec.shape, &record.shape), (&base_shape.to_vec(), &covered)] {
@@ -93,15 +95,12 @@ pub(crate) fn fine_tune_specs(base: &Checkpoint, artifact: &Artifact) -> Result<
 /// # Errors
 /// When a part is missing or not what the codec wrote.
 pub fn prepared(artifact: &Artifact, tensor: &str) -> Result<Option<Box<dyn DeltaLinear>>> {
-    let Some((record, delta)) = artifact.delta(tensor)? else { return Ok(None) };
-    CodecSpec::from_record(&record.name, record.version, &record.options)
-        .and_then(|spec| spec.prepare(delta))
-        .map(Some)
-        .map_err(|source| Error::Codec {
-            path: artifact.dir().to_owned(),
-            tensor: tensor.to_owned(),
-            source,
-        })
+    onebase_model::load_delta(artifact, tensor).map_err(|error| match error {
+        onebase_model::Error::Delta { path, tensor, source } => {
+            Error::Codec { path, tensor, source }
+        }
+        other => Error::Model(other),
+    })
 }
 
 fn check_finite(artifact: &Artifact, tensor: &str, delta: &dyn DeltaLinear) -> Result<()> {

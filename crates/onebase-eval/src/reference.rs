@@ -28,6 +28,7 @@ pub fn check_reference(artifact: &Artifact, finetune: &Checkpoint) -> Result<()>
                 Storage::Exact { .. } => {
                     artifact.exact(name)?.is_some_and(|stored| stored.bytes == *tensor.bytes())
                 }
+                Storage::Path { .. } => tensor.digest()? != record.base,
                 Storage::Codec { .. } => match artifact.added_rows(name)? {
                     Some(rows) => tensor.bytes().ends_with(&rows.bytes),
                     None => tensor.digest()? != record.base,

@@ -66,9 +66,15 @@ impl StagedFolder {
         let entries = std::fs::read_dir(&staging).map_err(Error::io("read", &staging))?;
         for entry in entries {
             let path = entry.map_err(Error::io("read", &staging))?.path();
-            if path != lock_path {
-                std::fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+            if path == lock_path {
+                continue;
             }
+            let removed = if path.is_dir() {
+                std::fs::remove_dir_all(&path)
+            } else {
+                std::fs::remove_file(&path)
+            };
+            removed.map_err(Error::io("remove", &path))?;
         }
         Ok(Self { target: target.to_owned(), staging, lock: Some(lock) })
     }
@@ -76,6 +82,16 @@ impl StagedFolder {
     /// Where a file of this name is written meanwhile.
     pub fn path(&self, name: &str) -> PathBuf {
         self.staging.join(name)
+    }
+
+    /// Creates a folder in it.
+    ///
+    /// # Errors
+    /// When it cannot be created.
+    pub fn create_folder(&self, name: &str) -> Result<PathBuf> {
+        let path = self.path(name);
+        std::fs::create_dir(&path).map_err(Error::io("create", &path))?;
+        Ok(path)
     }
 
     /// Writes a whole file.
@@ -131,6 +147,14 @@ pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
     }
     written?;
     sync_dir(parent(path))
+}
+
+/// Renames a file or a folder.
+///
+/// # Errors
+/// When it cannot be renamed.
+pub fn rename(from: &Path, to: &Path) -> Result<()> {
+    std::fs::rename(from, to).map_err(Error::io("rename", from))
 }
 
 fn fill(mut file: File, path: &Path, bytes: &[u8]) -> Result<()> {

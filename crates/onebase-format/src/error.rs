@@ -28,6 +28,26 @@ pub enum Error {
         /// The file that is missing.
         missing: &'static str,
     },
+    /// A file of codes that tenants of a family share is not what their manifests say.
+    #[error("{} {problem}; it holds codes of {}", path.display(), tenants.join(", "))]
+    Node {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+        /// The tenants that name it.
+        tenants: Vec<String>,
+    },
+    /// A family has no such tenant.
+    #[error("{} has no tenant {got:?}", family.display())]
+    NoTenant {
+        /// The family.
+        family: PathBuf,
+        /// What was asked for.
+        got: String,
+        /// The tenants that it has.
+        known: Vec<String>,
+    },
     /// The index names a shard that is not there.
     #[error("{}: shard {shard} is missing", index.display())]
     MissingShard {
@@ -277,6 +297,15 @@ impl Error {
             Error::MissingInput { .. } | Error::InFeatures { .. } => {
                 "they are of another model; measure this one with `onebase calibrate`".into()
             }
+            Error::NotA { missing: crate::family::FAMILY_FILE, .. } => {
+                "give a folder written by `onebase compress --codec rqt`".into()
+            }
+            Error::Node { .. } => {
+                "fetch the family again, or rebuild it from its fine-tunes with `onebase family \
+                 rebuild`"
+                    .into()
+            }
+            Error::NoTenant { known, .. } => format!("it has {}", known.join(", ")),
             Error::NotA { .. } => "give a folder written by `onebase compress`".into(),
             Error::MissingShard { .. } => "the download is incomplete; fetch it again".into(),
             Error::Header { .. }

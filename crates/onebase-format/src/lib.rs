@@ -9,18 +9,19 @@ mod atomic;
 mod checkpoint;
 mod digest;
 mod error;
+pub mod family;
 mod map;
 mod safetensors_file;
 mod stacked;
 pub mod statistics;
 mod tensor_writer;
 
-pub use atomic::{StagedFolder, write_file};
+pub use atomic::{StagedFolder, rename, write_file};
 pub use checkpoint::{CONFIG_FILE, Checkpoint, SIDE_FILES, Tensor};
 pub use digest::Digest;
 pub use error::Error;
 pub use safetensors_file::{MappedBytes, TensorHeader};
-pub use tensor_writer::{TensorEntry, TensorWriter};
+pub use tensor_writer::{TensorEntry, TensorWriter, tensor_file_bytes};
 
 /// The result of this crate's operations.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -53,14 +53,14 @@ impl TensorWriter {
     pub fn create(path: &Path, tensors: &[TensorEntry]) -> Result<Self> {
         let header =
             header(tensors).map_err(|source| Error::Header { path: path.to_owned(), source })?;
-        let data: usize = tensors.iter().map(TensorEntry::size_bytes).sum();
+        let total_bytes = tensor_file_bytes(path, tensors)?;
         let file = File::create_new(path).map_err(Error::io("create", path))?;
         let mut writer = Self {
             path: path.to_owned(),
             file: std::io::BufWriter::with_capacity(1 << 20, file),
             hasher: blake3::Hasher::new(),
             written_bytes: 0,
-            total_bytes: (header.len() + data) as u64,
+            total_bytes,
         };
         writer.write(&header)?;
         Ok(writer)
@@ -99,6 +99,17 @@ impl TensorWriter {
         file.sync_all().map_err(io)?;
         Ok((self.total_bytes, Digest::finish(&self.hasher)))
     }
+}
+
+/// The bytes of a file with these tensors; `path` is for what is said of it.
+///
+/// # Errors
+/// When they do not fit a file.
+pub fn tensor_file_bytes(path: &Path, tensors: &[TensorEntry]) -> Result<u64> {
+    let header =
+        header(tensors).map_err(|source| Error::Header { path: path.to_owned(), source })?;
+    let data: usize = tensors.iter().map(TensorEntry::size_bytes).sum();
+    Ok((header.len() + data) as u64)
 }
 
 /// What stands before the data of a file: the header's length, the header and its padding.

@@ -8,6 +8,7 @@
 mod chat_template;
 mod config;
 mod decoder;
+mod delta;
 mod error;
 mod forward;
 mod generate;
@@ -24,6 +25,7 @@ mod weights;
 pub use chat_template::{ChatTemplate, Message};
 pub use config::{Architecture, ModelConfig};
 pub use decoder::{TensorSpec, tensor_specs};
+pub use delta::load_delta;
 pub use error::Error;
 pub use forward::{LayerRun, Logits, Segment};
 pub use generate::{Completion, FinishReason, Generation, Request, generate};

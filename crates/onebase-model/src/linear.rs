@@ -1,4 +1,5 @@
 use std::ops::Range;
+use std::sync::Arc;
 
 use onebase_codec::DeltaLinear;
 use onebase_kernels::{Backend, add_assign};
@@ -6,6 +7,7 @@ use onebase_tensor::{MatrixMut, MatrixRef};
 use rayon::prelude::*;
 
 use crate::Tenant;
+use crate::delta::{GainedNode, Stored, add_gained, product};
 use crate::weights::Weight;
 
 /// A linear site of the base.
@@ -20,7 +22,7 @@ pub(crate) struct SiteDelta {
     /// `[out_features, in_features]`.
     pub(crate) shape: [usize; 2],
     /// `None` where the weight is the base's.
-    pub(crate) delta: Option<Box<dyn DeltaLinear>>,
+    pub(crate) delta: Option<Stored>,
     /// The tenant's own; `None` where it is the base's or there is none.
     pub(crate) bias: Option<Vec<f32>>,
 }
@@ -80,17 +82,73 @@ pub(crate) fn apply_all<'a, const N: usize>(
                 let Ok(own) = MatrixMut::new(own, rows.len(), width) else {
                     unreachable!("the rows were split off by their number")
                 };
-                parts.push((delta, bias, x.rows(rows.clone()), own));
+                parts.push(Part { delta, bias, x: x.rows(rows.clone()), y: own });
             }
         }
     }
-    parts.into_par_iter().for_each(|(delta, bias, x, mut y)| {
-        if let Some(delta) = delta {
-            delta.add_to(backend, x, &mut y);
+    let (products, places) = shared_products(backend, &parts);
+    parts.into_par_iter().zip(places).for_each(|(Part { delta, bias, x, mut y }, places)| {
+        match delta {
+            Some(Stored::Own(delta)) => delta.add_to(backend, x, &mut y),
+            Some(Stored::Path(path)) => {
+                let mut places = places.into_iter();
+                for GainedNode { node, gains } in &path.nodes {
+                    let Some(gains) = gains else {
+                        node.add_to(backend, x, &mut y);
+                        continue;
+                    };
+                    if let Some((product, rows)) = places.next() {
+                        add_gained(gains, &products[product][rows], y.data());
+                    }
+                }
+            }
+            None => {}
         }
         if let Some(bias) = bias {
             let width = y.n_cols().max(1);
             y.data().chunks_mut(width).for_each(|row| add_assign(row, bias));
         }
     });
+}
+
+/// Rows of one tenant at one site.
+struct Part<'a, 'x, 'y> {
+    delta: Option<&'a Stored>,
+    bias: Option<&'a Vec<f32>>,
+    x: MatrixRef<'x>,
+    y: MatrixMut<'y>,
+}
+
+/// Of each part, and each node with gains on its path, a product and where its rows are in it.
+type Places = Vec<Vec<(usize, Range<usize>)>>;
+
+/// The products of nodes with the rows of all tenants that have them on their path, one for
+/// each node: its codes are read once for all.
+fn shared_products(backend: Backend, parts: &[Part<'_, '_, '_>]) -> (Vec<Vec<f32>>, Places) {
+    let mut jobs: Vec<(&Arc<dyn DeltaLinear>, Vec<f32>)> = Vec::new();
+    let mut places: Places = vec![Vec::new(); parts.len()];
+    for (part, places) in parts.iter().zip(&mut places) {
+        let Some(Stored::Path(path)) = part.delta else { continue };
+        for GainedNode { node, .. } in path.nodes.iter().filter(|node| node.gains.is_some()) {
+            let known = jobs.iter().position(|(other, _)| Arc::ptr_eq(other, node));
+            let job = known.unwrap_or_else(|| {
+                jobs.push((node, Vec::new()));
+                jobs.len() - 1
+            });
+            let [n_out, n_in] = node.shape();
+            let rows = &mut jobs[job].1;
+            let first = rows.len() / n_in.max(1);
+            rows.extend_from_slice(part.x.data());
+            places.push((job, first * n_out..(first + part.x.n_rows()) * n_out));
+        }
+    }
+    let products = jobs.into_par_iter().map(|(node, rows)| {
+        let n_in = node.shape()[1];
+        let n_rows = rows.len() / n_in.max(1);
+        match MatrixRef::new(&rows, n_rows, n_in) {
+            Ok(x) => product(&**node, backend, x),
+            Err(_) => unreachable!("rows were copied whole"),
+        }
+    });
+    (products.collect(), places)
 }

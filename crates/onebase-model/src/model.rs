@@ -6,6 +6,7 @@ use onebase_format::{Checkpoint, Digest};
 use onebase_kernels::Backend;
 
 use crate::decoder::{Decoder, Loader, tensor_specs};
+use crate::delta::NodeCache;
 use crate::linear::Linear;
 use crate::rope::Rope;
 use crate::weights::Weight;
@@ -20,6 +21,7 @@ pub struct Model {
     pub(crate) backend: Backend,
     checkpoint: Checkpoint,
     digests: OnceLock<BTreeMap<String, Digest>>,
+    pub(crate) nodes: NodeCache,
 }
 
 impl Model {
@@ -33,7 +35,15 @@ impl Model {
         let decoder = Decoder::load(&config, &mut BaseLoader(&checkpoint))?;
         let rope = Rope::new(&config);
         let backend = Backend::active();
-        Ok(Self { config, decoder, rope, backend, checkpoint, digests: OnceLock::new() })
+        Ok(Self {
+            config,
+            decoder,
+            rope,
+            backend,
+            checkpoint,
+            digests: OnceLock::new(),
+            nodes: NodeCache::default(),
+        })
     }
 
     /// The same model on another of this processor's instruction sets.

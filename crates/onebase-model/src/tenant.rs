@@ -1,11 +1,12 @@
 use std::collections::BTreeMap;
 
-use onebase_codec::{CodecSpec, DeltaLinear};
+use onebase_codec::DeltaLinear;
 use onebase_format::artifact::{Artifact, Role, Storage};
 use onebase_format::{Checkpoint, Tensor};
 use onebase_kernels::add_assign;
 
 use crate::decoder::{Decoder, Loaded, Loader};
+use crate::delta::{NodeCache, Stored, stored_delta};
 use crate::linear::SiteDelta;
 use crate::rope::Rope;
 use crate::weights::Weight;
@@ -14,7 +15,7 @@ use crate::{Error, Model, ModelConfig, Result};
 /// One fine-tune, loaded against its base: what it changes, and nothing else.
 pub struct Tenant {
     pub(crate) config: ModelConfig,
-    pub(crate) decoder: Loaded<TenantLoader<'static>>,
+    pub(crate) decoder: Loaded<TenantLoader<'static, 'static>>,
     pub(crate) rope: Rope,
     resident_bytes: usize,
 }
@@ -39,7 +40,7 @@ impl Tenant {
     /// When the base is another one, or the artifact is damaged or does not fit
     /// the architecture.
     pub fn load(model: &Model, artifact: &Artifact) -> Result<Self> {
-        Self::load_with(model, artifact, &mut |_, delta| delta)
+        Self::load_inner(model, artifact, None)
     }
 
     /// [`Tenant::load`], the delta of each linear site, by the tensor's name, replaced
@@ -48,16 +49,22 @@ impl Tenant {
     /// # Errors
     /// As there.
     pub fn load_with(model: &Model, artifact: &Artifact, wrap: Wrap<'_>) -> Result<Self> {
+        Self::load_inner(model, artifact, Some(wrap))
+    }
+
+    fn load_inner(model: &Model, artifact: &Artifact, wrap: Option<Wrap<'_>>) -> Result<Self> {
         let digests = model.digests()?;
         let digests = digests.iter().map(|(name, digest)| (name.as_str(), *digest)).collect();
         artifact.check_base_digests(model.checkpoint().dir(), &digests)?;
         artifact.check_files()?;
         let config = ModelConfig::of_artifact(artifact, model.checkpoint())?;
         model.config.check_fine_tune(&config, artifact.dir())?;
+        model.nodes.clean();
         let mut loader = TenantLoader {
             artifact,
             base: model.checkpoint(),
             base_rows: model.config.vocab_size,
+            nodes: &model.nodes,
             wrap,
             resident_bytes: 0,
         };
@@ -103,8 +110,8 @@ impl Tenant {
         if shape.is_some_and(|shape| shape != site.shape) {
             return false;
         }
-        let old_bytes = site.delta.as_ref().map_or(0, |delta| delta.resident_bytes());
-        site.delta = delta;
+        let old_bytes = site.delta.as_ref().map_or(0, |d| d.as_linear().resident_bytes());
+        site.delta = delta.map(Stored::Own);
         self.resident_bytes = self.resident_bytes - old_bytes + new_bytes;
         true
     }
@@ -114,7 +121,7 @@ impl Tenant {
         let Some(layer) = self.decoder.layers.get_mut(layer) else { return };
         let mut freed = 0;
         for site in layer.sites_mut() {
-            freed += site.delta.take().map_or(0, |delta| delta.resident_bytes());
+            freed += site.delta.take().map_or(0, |d| d.as_linear().resident_bytes());
         }
         self.resident_bytes -= freed;
     }
@@ -124,7 +131,7 @@ impl Tenant {
         &self.config
     }
 
-    /// Bytes of memory that its parts hold.
+    /// Bytes of memory that its parts hold, those that it shares with others included.
     pub fn resident_bytes(&self) -> usize {
         self.resident_bytes
     }
@@ -133,16 +140,17 @@ impl Tenant {
 /// What is made of the delta of each linear site.
 pub type Wrap<'a> = &'a mut dyn FnMut(&str, Box<dyn DeltaLinear>) -> Box<dyn DeltaLinear>;
 
-pub(crate) struct TenantLoader<'a> {
+pub(crate) struct TenantLoader<'a, 'w> {
     artifact: &'a Artifact,
     base: &'a Checkpoint,
     /// Rows of the base's token tables.
     base_rows: usize,
-    wrap: Wrap<'a>,
+    nodes: &'a NodeCache,
+    wrap: Option<Wrap<'w>>,
     resident_bytes: usize,
 }
 
-impl TenantLoader<'_> {
+impl TenantLoader<'_, '_> {
     fn check_shape(&self, tensor: &str, expected: &[usize], got: &[usize]) -> Result<()> {
         if expected == got {
             return Ok(());
@@ -165,17 +173,12 @@ impl TenantLoader<'_> {
     }
 
     /// The prepared delta of a tensor, `None` when it is the base's.
-    fn delta(&self, tensor: &str, shape: [usize; 2]) -> Result<Option<Box<dyn DeltaLinear>>> {
-        let Some((record, delta)) = self.artifact.delta(tensor)? else { return Ok(None) };
-        self.check_shape(tensor, &shape, &delta.shape)?;
-        let prepared = CodecSpec::from_record(&record.name, record.version, &record.options)
-            .and_then(|spec| spec.prepare(delta))
-            .map_err(|source| Error::Delta {
-                path: self.artifact.dir().to_owned(),
-                tensor: tensor.to_owned(),
-                source,
-            })?;
-        Ok(Some(prepared))
+    fn delta(&self, tensor: &str, shape: [usize; 2]) -> Result<Option<Stored>> {
+        let Some(delta) = stored_delta(self.artifact, tensor, self.nodes)? else {
+            return Ok(None);
+        };
+        self.check_shape(tensor, &shape, &delta.as_linear().shape())?;
+        Ok(Some(delta))
     }
 
     /// A vector that is stored as a delta of the base's; `None` when it is not.
@@ -183,7 +186,7 @@ impl TenantLoader<'_> {
         let Some(delta) = self.delta(name, [1, len])? else { return Ok(None) };
         let base = self.base.tensor(name)?;
         self.check_shape(name, &[len], base.shape())?;
-        Ok(Some(vector_sum(&base, delta.as_ref())))
+        Ok(Some(vector_sum(&base, delta.as_linear())))
     }
 }
 
@@ -198,7 +201,7 @@ fn vector_sum(base: &Tensor<'_>, delta: &dyn DeltaLinear) -> Vec<f32> {
     sum
 }
 
-impl Loader for TenantLoader<'_> {
+impl Loader for TenantLoader<'_, '_> {
     type Linear = SiteDelta;
     type Vector = Option<Vec<f32>>;
     type Table = TableDelta;
@@ -207,8 +210,12 @@ impl Loader for TenantLoader<'_> {
         let weight = format!("{module}.weight");
         let record = self.artifact.record_for(&weight, Role::Linear)?;
         self.check_shape(&weight, &shape, &record.shape)?;
-        let delta = self.delta(&weight, shape)?.map(|delta| (self.wrap)(&weight, delta));
-        self.resident_bytes += delta.as_ref().map_or(0, |delta| delta.resident_bytes());
+        let delta = self.delta(&weight, shape)?;
+        let delta = match &mut self.wrap {
+            Some(wrap) => delta.map(|delta| Stored::Own(wrap(&weight, delta.into_linear()))),
+            None => delta,
+        };
+        self.resident_bytes += delta.as_ref().map_or(0, |d| d.as_linear().resident_bytes());
         let bias = if bias { self.vector(&format!("{module}.bias"), shape[0])? } else { None };
         Ok(SiteDelta { shape, delta, bias })
     }
@@ -238,12 +245,13 @@ impl Loader for TenantLoader<'_> {
                 Some(tensor) => TableDelta::Exact(Weight::exact(&tensor)),
                 None => unreachable!("the record says it is exact"),
             },
-            Storage::Codec { .. } => {
+            Storage::Codec { .. } | Storage::Path { .. } => {
                 let base_shape = [self.base_rows, shape[1]];
                 let added = self.artifact.added_rows(name)?;
                 let Some(delta) = self.delta(name, base_shape)? else {
                     unreachable!("the record says it has a delta")
                 };
+                let delta = delta.into_linear();
                 self.resident_bytes += delta.resident_bytes();
                 TableDelta::Delta { delta, added: added.as_ref().map(Weight::exact) }
             }
@@ -307,8 +315,8 @@ impl Loader for FineTuneLoader<'_> {
     type Table = TableDelta;
 
     fn linear(&mut self, module: &str, shape: [usize; 2], bias: bool) -> Result<SiteDelta> {
-        let delta = self.delta(&format!("{module}.weight"), shape)?;
-        self.resident_bytes += delta.as_ref().map_or(0, |delta| delta.resident_bytes());
+        let delta = self.delta(&format!("{module}.weight"), shape)?.map(Stored::Own);
+        self.resident_bytes += delta.as_ref().map_or(0, |d| d.as_linear().resident_bytes());
         let bias = if bias { self.vector(&format!("{module}.bias"), shape[0])? } else { None };
         Ok(SiteDelta { shape, delta, bias })
     }

@@ -1,11 +1,13 @@
 //! What the user may type.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Parser, Subcommand};
 use onebase_codec::CodecSpec;
+use onebase_codec::rqt::Rqt;
 use onebase_compress::{Budget, TablePlan, VectorPlan};
 use onebase_format::artifact::Shard;
 
@@ -36,9 +38,12 @@ pub(crate) enum Command {
     Calibrate(CalibrateArgs),
     /// Join the shards of an artifact that `compress --shard` has made
     Finalize(FinalizeArgs),
-    /// Show what an artifact holds and what it costs
+    /// Change a family that `compress --codec rqt` has made
+    #[command(subcommand)]
+    Family(FamilyCommand),
+    /// Show what an artifact or a family holds and what it costs
     Inspect(InspectArgs),
-    /// Check an artifact, and that a base is the one it was made against
+    /// Check an artifact or a family, and that a base is the one it was made against
     Verify(VerifyArgs),
     /// Rebuild the fine-tune's checkpoint from base and artifact
     Restore(RestoreArgs),
@@ -60,9 +65,11 @@ pub(crate) enum Command {
 pub(crate) struct CompressArgs {
     /// Checkpoint folder of the base model
     pub(crate) base: PathBuf,
-    /// Checkpoint folder of the fine-tune
-    pub(crate) fine_tune: PathBuf,
-    /// Folder of the artifact to write
+    /// Checkpoint folder of the fine-tune; with `--codec rqt` those of a family, each as FINETUNE
+    /// or NAME=FINETUNE
+    #[arg(value_name = "FINE_TUNE", required = true)]
+    pub(crate) fine_tunes: Vec<OsString>,
+    /// Folder of the artifact, or of the family, to write
     #[arg(short, long)]
     pub(crate) out: PathBuf,
     /// Codec of the linear sites, as NAME or NAME:OPTION=VALUE,… (see `onebase codecs`)
@@ -74,7 +81,15 @@ pub(crate) struct CompressArgs {
     /// How norms and biases are stored: `exact`, or a codec
     #[arg(long, default_value = "exact", value_parser = vectors)]
     pub(crate) vectors: VectorPlan,
-    /// Choose the codec's size so that the artifact is no larger: 2.1bpw (effective bits per
+    /// With `--codec rqt`: the codec of what each fine-tune has of its own at linear sites, instead
+    /// of codes that are planned with the tree
+    #[arg(long, value_name = "CODEC", value_parser = plain_codec)]
+    pub(crate) leaf: Option<CodecSpec>,
+    /// With `--codec rqt`: print how alike the fine-tunes are and what sharing can gain, and stop
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Choose the codec's size so that the artifact is no larger, or the family's tenants on
+    /// average: 2.1bpw (effective bits per
     /// weight of the linear sites), 10% (of the fine-tune's bytes) or 200MB
     #[arg(long, value_name = "SIZE")]
     pub(crate) budget: Option<Budget>,
@@ -157,16 +172,90 @@ pub(crate) struct FinalizeArgs {
     pub(crate) artifact: PathBuf,
 }
 
-/// A codec, and whether its size was said with it.
+/// A codec of linear sites.
 #[derive(Clone, Debug)]
-pub(crate) struct GivenCodec {
-    pub(crate) spec: CodecSpec,
-    pub(crate) has_size: bool,
+pub(crate) enum GivenCodec {
+    /// Of one fine-tune, and whether its size was said with it.
+    Delta { spec: CodecSpec, has_size: bool },
+    /// Of a family.
+    Family(Rqt),
+}
+
+/// What is done with a family.
+#[derive(Debug, Subcommand)]
+pub(crate) enum FamilyCommand {
+    /// Add a fine-tune, without touching the tenants that are there
+    Add(FamilyAddArgs),
+    /// Remove a tenant, and the nodes that no other has
+    Remove(FamilyRemoveArgs),
+    /// Build the tree anew from the fine-tunes of all tenants
+    Rebuild(FamilyRebuildArgs),
 }
 
 #[derive(Debug, clap::Args)]
+pub(crate) struct FamilyAddArgs {
+    /// Folder of the family
+    pub(crate) family: PathBuf,
+    /// Checkpoint folder of the fine-tune, as FINETUNE or NAME=FINETUNE
+    #[arg(value_name = "FINE_TUNE")]
+    pub(crate) fine_tune: OsString,
+    /// Checkpoint folder of the base model
+    #[arg(long)]
+    pub(crate) base: PathBuf,
+    /// The codec of what it has of its own at linear sites [default: the fewest bits with which it
+    /// is expected to be as good as the other tenants]
+    #[arg(long, value_name = "CODEC", value_parser = plain_codec)]
+    pub(crate) leaf: Option<CodecSpec>,
+    /// How embeddings and head are stored: `exact`, or a codec
+    #[arg(long, default_value = FAMILY_TABLES, value_parser = tables)]
+    pub(crate) embeddings: TablePlan,
+    /// How norms and biases are stored: `exact`, or a codec
+    #[arg(long, default_value = "exact", value_parser = vectors)]
+    pub(crate) vectors: VectorPlan,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct FamilyRemoveArgs {
+    /// Folder of the family
+    pub(crate) family: PathBuf,
+    /// The tenant
+    pub(crate) tenant: String,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct FamilyRebuildArgs {
+    /// Folder of the family
+    pub(crate) family: PathBuf,
+    /// Checkpoint folders of all tenants' fine-tunes, each as FINETUNE or NAME=FINETUNE
+    #[arg(value_name = "FINE_TUNE", required = true)]
+    pub(crate) fine_tunes: Vec<OsString>,
+    /// Checkpoint folder of the base model
+    #[arg(long)]
+    pub(crate) base: PathBuf,
+    /// `rqt` with its options
+    #[arg(long, default_value = "rqt", value_parser = family_codec)]
+    pub(crate) codec: Rqt,
+    /// The codec of what each fine-tune has of its own at linear sites, instead of codes that are
+    /// planned with the tree
+    #[arg(long, value_name = "CODEC", value_parser = plain_codec)]
+    pub(crate) leaf: Option<CodecSpec>,
+    /// How large the family may be, see `onebase compress --budget`
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) budget: Budget,
+    /// How embeddings and head are stored: `exact`, or a codec
+    #[arg(long, default_value = FAMILY_TABLES, value_parser = tables)]
+    pub(crate) embeddings: TablePlan,
+    /// How norms and biases are stored: `exact`, or a codec
+    #[arg(long, default_value = "exact", value_parser = vectors)]
+    pub(crate) vectors: VectorPlan,
+}
+
+/// How the token tables of a family's tenants are stored unless that is said.
+pub(crate) const FAMILY_TABLES: &str = "rtn:bits=4";
+
+#[derive(Debug, clap::Args)]
 pub(crate) struct InspectArgs {
-    /// Folder of the artifact
+    /// Folder of the artifact or the family
     pub(crate) artifact: PathBuf,
     /// List every tensor
     #[arg(long)]
@@ -177,7 +266,7 @@ pub(crate) struct InspectArgs {
 pub(crate) struct VerifyArgs {
     /// Checkpoint folder of the base model
     pub(crate) base: PathBuf,
-    /// Folder of the artifact
+    /// Folder of the artifact or the family
     pub(crate) artifact: PathBuf,
 }
 
@@ -361,8 +450,19 @@ fn with_hint(error: &onebase_codec::Error) -> String {
 }
 
 fn codec(text: &str) -> Result<GivenCodec, String> {
-    let spec: CodecSpec = text.parse().map_err(|e| with_hint(&e))?;
-    Ok(GivenCodec { spec, has_size: CodecSpec::says_size(text) })
+    if Rqt::is_named(text) {
+        return family_codec(text).map(GivenCodec::Family);
+    }
+    let spec = plain_codec(text)?;
+    Ok(GivenCodec::Delta { spec, has_size: CodecSpec::says_size(text) })
+}
+
+fn plain_codec(text: &str) -> Result<CodecSpec, String> {
+    text.parse().map_err(|e| with_hint(&e))
+}
+
+fn family_codec(text: &str) -> Result<Rqt, String> {
+    text.parse().map_err(|e| with_hint(&e))
 }
 
 fn shard(text: &str) -> Result<Shard, String> {

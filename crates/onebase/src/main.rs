@@ -44,6 +44,7 @@ fn run(args: Args) -> anyhow::Result<()> {
         Command::Compress(args) => commands::compress::run(&args, &output),
         Command::Calibrate(args) => commands::calibrate::run(&args, &output),
         Command::Finalize(args) => commands::finalize::run(&args, &output),
+        Command::Family(command) => commands::family::run(&command, &output),
         Command::Inspect(args) => commands::inspect::run(&args, &output),
         Command::Verify(args) => commands::verify::run(&args, &output),
         Command::Restore(args) => commands::restore::run(&args, &output),

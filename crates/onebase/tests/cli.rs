@@ -7,6 +7,7 @@
 mod support;
 
 use onebase_codec::CODECS;
+use onebase_codec::rqt::Rqt;
 use onebase_kernels::Backend;
 use serde_json::{Value, json};
 use support::{
@@ -153,12 +154,60 @@ fn the_whole_way_for_programs() {
     let got = json(&["codecs"]);
     let names: Vec<&str> =
         got["codecs"].as_array().unwrap().iter().map(|c| c["name"].as_str().unwrap()).collect();
-    assert_eq!(names, CODECS.iter().map(|c| c.name()).collect::<Vec<_>>());
+    let known = CODECS.iter().map(|c| c.name()).chain([Rqt::NAME]);
+    assert_eq!(names, known.collect::<Vec<_>>());
     assert_eq!(
         keys(&got["codecs"][0]),
         ["name", "version", "summary", "uses_statistics", "options"]
     );
     assert_eq!(keys(&got["codecs"][0]["options"][0]), ["name", "doc", "default", "expected"]);
+}
+
+/// A family as people make and change it.
+#[test]
+fn the_whole_way_of_a_family() {
+    let place = Place::new();
+    let (base, math, chat, out) = (arg("base"), arg("math"), arg("chat"), place.text("f"));
+    let later = format!("later={}", place.text("later"));
+    // A fine-tune that is a relative: what a coarse artifact of another restores to.
+    place.compress("math", "rtn", "a");
+    onebase(["restore", &base, &place.text("a"), "-o", &place.text("later")]).exits(0);
+    let family = ["compress", &base, &math, &chat, &later, "--codec", "rqt", "--budget", "2.3bpw"];
+    let plan = onebase(family.iter().chain(&["-o", &out, "--dry-run"])).exits(0);
+    for text in ["cosine of deltas", "in common", "dB", "math, later share codes"] {
+        assert!(plan.stdout.contains(text), "{text}: {}", plan.stdout);
+    }
+    assert!(!place.path("f").exists());
+    let run = onebase(family.iter().chain(&["-o", &out])).exits(0);
+    assert!(run.stdout.contains("effective bits per weight and tenant"), "{}", run.stdout);
+    run.says(&["cosine of deltas", "math, later share codes"]);
+    let drawn = onebase(["inspect", &out]).exits(0);
+    assert!(drawn.stdout.contains("later, math  "), "{}", drawn.stdout);
+    assert!(drawn.stdout.contains("on its path"), "{}", drawn.stdout);
+    let run = onebase(["verify", &base, &out]).exits(0);
+    assert!(run.stdout.contains("deltas checked of chat, later, math"), "{}", run.stdout);
+
+    let delta = format!("math={out}/tenants/math");
+    let run = onebase(["generate", &base, "--delta", &delta, "-p", QUESTION]).exits(0);
+    assert_eq!(run.stdout, format!("{ANSWER}\n"));
+
+    let json = |args: &[&str]| onebase(args.iter().chain(&["--json"])).exits(0).object();
+    let removed = json(&["family", "remove", &out, "later"]);
+    assert_eq!(removed["removed"], json!("later"));
+    assert_eq!(removed["nodes"].as_array().unwrap().len(), 1);
+    let added = json(&["family", "add", &out, &later, "--base", &base]);
+    assert_eq!(keys(&added), ["added", "sizes"]);
+    assert_eq!(added["sizes"]["name"], json!("later"));
+    let object = json(&["inspect", &out]);
+    assert_eq!(keys(&object), ["family", "manifest", "report"]);
+    let names = object["report"]["tenants"].as_array().unwrap().iter().map(|t| &t["name"]);
+    assert_eq!(names.collect::<Vec<_>>(), [&json!("chat"), &json!("later"), &json!("math")]);
+    let rebuilt = ["family", "rebuild", &out, &math, &chat, "--base", &base, "--budget", "2bpw"];
+    onebase(rebuilt).exits(1).says(&["tenant \"later\" was made from", "hint: give every"]);
+    onebase(rebuilt.iter().chain(&[later.as_str()])).exits(0);
+    let node = std::fs::read_dir(place.path("f/nodes")).unwrap().next().unwrap().unwrap().path();
+    std::fs::write(node, b"").unwrap();
+    onebase(["verify", &base, &out]).exits(1).says(&["has 0 bytes", "it holds codes of", "hint:"]);
 }
 
 #[test]
@@ -167,7 +216,7 @@ fn wrong_use_exits_with_two() {
     let (base, math, out) = (arg("base"), arg("math"), place.text("a"));
     let compress = ["compress", &base, &math, "--out", &out];
     let generate = ["generate", &base, "--prompt", "hi"];
-    let cases: [(&[&str], &[&str], &[&str]); 27] = [
+    let cases: [(&[&str], &[&str], &[&str]); 28] = [
         (&[], &[], &["Usage: onebase"]),
         (&["compres"], &[], &["unrecognized subcommand 'compres'", "'compress'"]),
         (&compress, &["--codec", "sgin"], &["unknown codec \"sgin\"", "did you mean `sign`"]),
@@ -181,7 +230,8 @@ fn wrong_use_exits_with_two() {
         (&compress, &["--codec", "rtn:bits"], &["option bits: expected 1 to 8, got \"\""]),
         (&compress, &["--codec", "sign:scale=col"], &["expected row or matrix, got \"col\""]),
         (&compress, &["--colour"], &["unexpected argument '--colour'"]),
-        (&compress, &["extra"], &["unexpected argument 'extra'"]),
+        (&compress, &["--codec", "rqt:depth=2"], &["rqt has no option \"depth\"", "topology"]),
+        (&["family", "add", "x"], &[], &["required arguments were not provided", "--base"]),
         (&compress[..3], &[], &["required arguments were not provided", "--out <OUT>"]),
         (&compress[..2], &["-o", "x"], &["required arguments were not provided", "<FINE_TUNE>"]),
         (&["compress", &base, &math, "--out"], &[], &["a value is required", "--out"]),
@@ -215,10 +265,10 @@ fn refusals_exit_with_one_and_a_hint() {
     copy(&place.path("a"), &place.path("newer"));
     let manifest = place.path("newer").join("onebase.json");
     let text = std::fs::read_to_string(&manifest).unwrap();
-    std::fs::write(&manifest, text.replace("\"version\": 1,\n", "\"version\": 2,\n")).unwrap();
+    std::fs::write(&manifest, text.replace("\"version\": 1,\n", "\"version\": 9,\n")).unwrap();
     let (m, twice) = (format!("m={a}"), format!("m={newer}"));
     let long = "word ".repeat(2000);
-    let cases: [(&[&str], &[&str]); 18] = [
+    let cases: [(&[&str], &[&str]); 23] = [
         (&["compress", &empty, &math, "-o", &out], &["empty is no checkpoint", "config.json"]),
         (&["compress", "absent", &math, "-o", &out], &["absent is no checkpoint", "hint: give"]),
         (&["compress", &base, &base, "-o", &out], &["same weights as the base", "hint: give the"]),
@@ -231,11 +281,28 @@ fn refusals_exit_with_one_and_a_hint() {
             &["a already exists", "hint: remove it or choose another output"],
         ),
         (&["compress", &base, &math, "-o", "/"], &["/ already exists"]),
+        (
+            &["compress", &base, &math, &math, "-o", &out],
+            &["2 fine-tunes, expected one for codec rtn", "`--codec rqt` compresses a family"],
+        ),
+        (
+            &["compress", &base, &math, "-o", &out, "--dry-run"],
+            &["--leaf and --dry-run are for a family"],
+        ),
+        (
+            &["compress", &base, &math, "-o", &out, "--codec", "rqt"],
+            &["give one, for example --budget 2bpw"],
+        ),
+        (
+            &["compress", &base, &math, &math, "-o", &out, "--codec", "rqt", "--budget", "2bpw"],
+            &["two tenants are called \"math\"", "hint: give one of them another name"],
+        ),
+        (&["family", "remove", &a, "x"], &["a is no family", "hint: give a folder"]),
         (&["inspect", &empty], &["empty is no delta artifact: it has no onebase.json", "hint:"]),
         (&["inspect", &base], &["base is no delta artifact", "onebase compress"]),
         (
             &["inspect", &newer],
-            &["format version 2, this program reads up to 1", "hint: install a newer onebase"],
+            &["format version 9, this program reads up to 2", "hint: install a newer onebase"],
         ),
         (
             &["verify", &math, &a],

@@ -38,6 +38,7 @@ fn options(shape: Shape) -> Options {
         seed: 7,
         mean_abs_delta: DEFAULT_MEAN_ABS_DELTA,
         rank: 16,
+        n_fine_tunes: 1,
         max_shard_bytes: MAX_SHARD_BYTES,
     }
 }
@@ -48,7 +49,7 @@ fn write(dir: &Path, options: &Options, n_threads: usize) {
     let count = |n| {
         written.fetch_add(n, std::sync::atomic::Ordering::Relaxed);
     };
-    pool.install(|| write_pair(dir, options, &count)).unwrap();
+    pool.install(|| write_models(dir, options, &count)).unwrap();
     let size: u64 = options.shape.tensors().iter().map(TensorSpec::size_bytes).sum();
     assert_eq!(written.into_inner(), 2 * size);
 }
@@ -176,7 +177,7 @@ fn what_is_there_is_not_overwritten() {
     let dir = tempfile::tempdir().unwrap();
     let there = dir.path().join(FINE_TUNE);
     std::fs::create_dir(&there).unwrap();
-    let error = write_pair(dir.path(), &options(tiny(Family::Llama, true)), &|_| {}).unwrap_err();
+    let error = write_models(dir.path(), &options(tiny(Family::Llama, true)), &|_| {}).unwrap_err();
     assert_eq!(error.to_string(), format!("{} already exists", there.display()));
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
     assert_eq!(std::fs::read_dir(&there).unwrap().count(), 0);
@@ -187,7 +188,7 @@ fn impossible_options_are_refused_before_anything_is_written() {
     let dir = tempfile::tempdir().unwrap();
     let good = options(tiny(Family::Llama, true));
     let refusal =
-        |options: Options| write_pair(dir.path(), &options, &|_| {}).unwrap_err().to_string();
+        |options: Options| write_models(dir.path(), &options, &|_| {}).unwrap_err().to_string();
     for mean_abs_delta in [f32::NAN, f32::INFINITY, -0.1, 1.1] {
         let error = refusal(Options { mean_abs_delta, ..good.clone() });
         assert_eq!(error, format!("--delta: expected a number from 0 to 1, got {mean_abs_delta}"));

@@ -1,4 +1,4 @@
-//! The numbers: one tensor of the base and of the fine-tune, row by row.
+//! The numbers: one tensor of the base and of the fine-tunes, row by row.
 
 use half::bf16;
 use onebase_tensor::stream;
@@ -16,10 +16,11 @@ const VECTOR_DELTA: f64 = 4.0;
 /// Ranks that are added in one pass over a row.
 const RANKS_PER_PASS: usize = 4;
 
-/// The rows of one tensor in both models.
+/// The rows of one tensor in all models.
 ///
-/// The base is Gaussian. The delta is Gaussian noise plus, in a matrix, the product of two
-/// Gaussian factors, scaled to the mean absolute value that was asked for.
+/// The base is Gaussian. A delta is Gaussian noise plus, in a matrix, the product of two
+/// Gaussian factors, scaled to the mean absolute value that was asked for. Fine-tunes have noise
+/// of their own and the product in common.
 pub(super) struct RowPairs<'a> {
     seed: u64,
     name: &'a str,
@@ -118,17 +119,27 @@ impl<'a> RowPairs<'a> {
         Scratch { base: vec![0.0; self.n_cols], delta: vec![0.0; self.n_cols] }
     }
 
-    /// Draws a row and writes it as bf16.
-    pub(super) fn draw(
-        &self,
-        row: usize,
-        scratch: &mut Scratch,
-        base_out: &mut [u8],
-        fine_tune_out: &mut [u8],
-    ) {
+    /// Draws a row and writes it as bf16: the base's first, then each fine-tune's.
+    pub(super) fn draw(&self, row: usize, scratch: &mut Scratch, out: &mut [&mut [u8]]) {
+        let [base_out, fine_tunes_out @ ..] = out else { return };
+        draw_normal(self.seed, &format!("{}/base", self.name), row, &mut scratch.base);
+        for (x, out) in scratch.base.iter_mut().zip(base_out.chunks_exact_mut(2)) {
+            let base = bf16::from_f32(self.base_mean + self.base_std * *x);
+            out.copy_from_slice(&base.to_le_bytes());
+            *x = base.to_f32();
+        }
+        for (index, out) in fine_tunes_out.iter_mut().enumerate() {
+            self.draw_fine_tune(row, index, scratch, out);
+        }
+    }
+
+    fn draw_fine_tune(&self, row: usize, index: usize, scratch: &mut Scratch, out: &mut [u8]) {
         let Scratch { base, delta } = scratch;
-        draw_normal(self.seed, &format!("{}/base", self.name), row, base);
-        draw_normal(self.seed, &format!("{}/noise", self.name), row, delta);
+        let label = match index {
+            0 => format!("{}/noise", self.name),
+            _ => format!("{}/noise {index}", self.name),
+        };
+        draw_normal(self.seed, &label, row, delta);
         for x in delta.iter_mut() {
             *x *= self.noise_std;
         }
@@ -140,12 +151,9 @@ impl<'a> RowPairs<'a> {
                 add_products(delta, left, right);
             }
         }
-        let out = base_out.chunks_exact_mut(2).zip(fine_tune_out.chunks_exact_mut(2));
-        for ((x, d), (base_out, fine_tune_out)) in base.iter().zip(delta.iter()).zip(out) {
-            let base = bf16::from_f32(self.base_mean + self.base_std * x);
-            base_out.copy_from_slice(&base.to_le_bytes());
-            // The delta is what is added to the stored base, not to what was drawn.
-            fine_tune_out.copy_from_slice(&bf16::from_f32(base.to_f32() + d).to_le_bytes());
+        // The delta is what is added to the stored base, not to what was drawn.
+        for ((x, d), out) in base.iter().zip(delta.iter()).zip(out.chunks_exact_mut(2)) {
+            out.copy_from_slice(&bf16::from_f32(x + d).to_le_bytes());
         }
     }
 }
@@ -183,6 +191,7 @@ mod tests {
                 seed: 0,
                 mean_abs_delta: 0.01,
                 rank,
+                n_fine_tunes: 1,
                 max_shard_bytes: u64::MAX,
             };
             let pairs = RowPairs::new(&tensor, &options);

@@ -11,6 +11,7 @@ use half::bf16;
 use onebase_kernels::{Backend, LowBit, plane_bytes};
 use onebase_tensor::{DType, EncodedDelta, MatrixMut, MatrixRef, PartData, PartShapes, PartSpec};
 
+use crate::low_bit_rows::LowBitRows;
 use crate::{
     Codec, DeltaLinear, DeltaSource, Kind, OptionSpec, Options, Rescale, Result, for_each_block,
 };
@@ -55,22 +56,21 @@ impl Codec for Rtn {
     }
 
     fn parts(&self, options: &Options, shape: [usize; 2]) -> Option<Vec<PartSpec>> {
-        let layout = Layout::new(options, shape);
+        let (layout, n_rows) = (layout(options, shape), shape[0]);
         Some(vec![
-            PartSpec::new("codes", DType::U8, layout.codes_shape()),
-            PartSpec::new("scale", DType::BF16, layout.scale_shape()),
+            PartSpec::new("codes", DType::U8, codes_shape(&layout, n_rows)),
+            PartSpec::new("scale", DType::BF16, [n_rows, layout.n_groups()]),
         ])
     }
 
     fn working_bytes(&self, options: &Options, shape: [usize; 2]) -> usize {
-        let layout = Layout::new(options, shape);
+        let layout = layout(options, shape);
         shape[0] * (layout.row_bytes() + layout.n_groups() * size_of::<bf16>())
     }
 
     fn encode(&self, options: &Options, delta: &dyn DeltaSource) -> Result<EncodedDelta> {
-        let layout = Layout::new(options, delta.shape());
-        let backend = Backend::active();
-        let [n_rows, n_cols] = layout.shape;
+        let shape @ [n_rows, n_cols] = delta.shape();
+        let layout = layout(options, shape);
         let mut codes = vec![0; n_rows * layout.row_bytes()];
         let mut scale = vec![bf16::ZERO; n_rows * layout.n_groups()];
         for_each_block(
@@ -81,26 +81,27 @@ impl Codec for Rtn {
                 let codes = codes.chunks_mut(layout.row_bytes());
                 let scale = scale.chunks_mut(layout.n_groups());
                 for ((row, codes), scale) in block.data().chunks(n_cols).zip(codes).zip(scale) {
-                    backend.fit_low_bit(row, layout.bits, layout.group_size, codes, scale);
+                    layout.fit(row, codes, scale);
                 }
             },
         )?;
         Ok(EncodedDelta::new(
-            layout.shape,
+            shape,
             [
-                ("codes", layout.codes_shape().to_vec(), PartData::U8(codes)),
-                ("scale", layout.scale_shape().to_vec(), PartData::BF16(scale)),
+                ("codes", codes_shape(&layout, n_rows).to_vec(), PartData::U8(codes)),
+                ("scale", [n_rows, layout.n_groups()].to_vec(), PartData::BF16(scale)),
             ],
         ))
     }
 
     fn prepare(&self, options: &Options, delta: EncodedDelta) -> Result<Box<dyn DeltaLinear>> {
-        let layout = Layout::new(options, delta.shape);
+        let shape @ [n_rows, _] = delta.shape;
+        let layout = layout(options, shape);
         let mut parts = delta.into_parts();
-        let codes = parts.take_u8("codes", &layout.codes_shape())?;
-        let scale = parts.take_bf16("scale", &layout.scale_shape())?;
+        let codes = parts.take_u8("codes", &codes_shape(&layout, n_rows))?;
+        let scale = parts.take_bf16("scale", &[n_rows, layout.n_groups()])?;
         parts.finish()?;
-        Ok(Box::new(RtnDelta { layout, codes, scale }))
+        Ok(Box::new(RtnDelta { n_rows, layout, codes, scale }))
     }
 }
 
@@ -110,44 +111,25 @@ impl Rescale for Rtn {
     }
 }
 
-/// Options and shape, and what follows from them.
-struct Layout {
-    shape: [usize; 2],
-    bits: usize,
-    group_size: usize,
+fn layout(options: &Options, shape: [usize; 2]) -> LowBitRows {
+    let (bits, group_size) = (options.int("bits"), options.int("group_size"));
+    LowBitRows { bits, group_size, n_cols: shape[1] }
 }
 
-impl Layout {
-    fn new(options: &Options, shape: [usize; 2]) -> Self {
-        Self { shape, bits: options.int("bits"), group_size: options.int("group_size") }
-    }
-
-    fn n_groups(&self) -> usize {
-        self.shape[1].div_ceil(self.group_size)
-    }
-
-    fn row_bytes(&self) -> usize {
-        self.bits * plane_bytes(self.shape[1])
-    }
-
-    fn codes_shape(&self) -> [usize; 3] {
-        [self.shape[0], self.bits, plane_bytes(self.shape[1])]
-    }
-
-    fn scale_shape(&self) -> [usize; 2] {
-        [self.shape[0], self.n_groups()]
-    }
+fn codes_shape(layout: &LowBitRows, n_rows: usize) -> [usize; 3] {
+    [n_rows, layout.bits, plane_bytes(layout.n_cols)]
 }
 
 struct RtnDelta {
-    layout: Layout,
+    n_rows: usize,
+    layout: LowBitRows,
     codes: Vec<u8>,
     scale: Vec<bf16>,
 }
 
 impl DeltaLinear for RtnDelta {
     fn shape(&self) -> [usize; 2] {
-        self.layout.shape
+        [self.n_rows, self.layout.n_cols]
     }
 
     fn add_to(&self, backend: Backend, x: MatrixRef<'_>, y: &mut MatrixMut<'_>) {
@@ -156,25 +138,20 @@ impl DeltaLinear for RtnDelta {
             scale: &self.scale,
             bits: self.layout.bits,
             group_size: self.layout.group_size,
-            in_features: self.layout.shape[1],
+            in_features: self.layout.n_cols,
         };
         backend.add_low_bit(delta, x, y);
     }
 
     fn write_rows(&self, rows: Range<usize>, out: &mut [f32]) {
-        let Layout { shape: [_, n_cols], bits, group_size } = self.layout;
-        let (plane, n_groups) = (plane_bytes(n_cols), self.layout.n_groups());
-        if n_cols == 0 {
+        let layout = &self.layout;
+        if layout.n_cols == 0 {
             return;
         }
-        for (row, out) in rows.zip(out.chunks_mut(n_cols)) {
-            let codes = &self.codes[row * bits * plane..(row + 1) * bits * plane];
-            let scale = &self.scale[row * n_groups..(row + 1) * n_groups];
-            for (k, out) in out.iter_mut().enumerate() {
-                let planes = codes.chunks(plane).enumerate();
-                let code: i16 = planes.map(|(p, c)| i16::from(c[k / 8] >> (k % 8) & 1) << p).sum();
-                *out = scale[k / group_size].to_f32() * f32::from(2 * code - ((1 << bits) - 1));
-            }
+        for (row, out) in rows.zip(out.chunks_mut(layout.n_cols)) {
+            let codes = &self.codes[row * layout.row_bytes()..][..layout.row_bytes()];
+            let scale = &self.scale[row * layout.n_groups()..][..layout.n_groups()];
+            layout.write(codes, scale, out);
         }
     }
 

@@ -9,7 +9,7 @@ pub fn truncated_svd_bytes(shape: [usize; 2], rank: usize, method: SvdMethod) ->
     const F64: usize = size_of::<f64>();
     let [n_rows, n_cols] = shape;
     let (shorter, longer) = (n_rows.min(n_cols), n_rows.max(n_cols));
-    // Blocks on their way and the pieces that tasks widen.
+    // Blocks on their path and the pieces that tasks widen.
     const BLOCKS: usize = 16 << 20;
     let k = rank + super::OVERSAMPLE;
     if matches!(method, SvdMethod::Randomized { .. }) && k < shorter {

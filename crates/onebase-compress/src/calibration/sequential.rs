@@ -82,7 +82,7 @@ impl Sequential {
     }
 }
 
-/// A text on its way through a fine-tune that is being compressed. Tensors are asked for and
+/// A text on its path through a fine-tune that is being compressed. Tensors are asked for and
 /// told of in the order of the forward pass.
 pub(crate) struct SequentialRun<'a> {
     text: &'a Sequential,

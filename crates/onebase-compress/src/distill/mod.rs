@@ -7,6 +7,7 @@ mod student;
 use std::path::Path;
 
 use onebase_codec::CodecSpec;
+use onebase_codec::rqt::Rqt;
 use onebase_format::artifact::{
     Artifact, ArtifactWriter, CalibrationRecord, Manifest, Role, Run, Shard, Sizes, Storage,
 };
@@ -189,13 +190,19 @@ pub fn distill(
 
 /// Checks that the delta of a tensor, if it has one, can be rescaled.
 fn check_rescalable(artifact: &Artifact, tensor: &str) -> Result<()> {
-    let Storage::Codec { codec, .. } = artifact.record(tensor)?.storage else { return Ok(()) };
-    let record = &artifact.manifest().codecs[codec];
-    CodecSpec::from_record(&record.name, record.version, &record.options)
-        .and_then(|spec| spec.rescalable().map(|_| ()))
-        .map_err(|source| Error::Codec {
-            path: artifact.dir().to_owned(),
-            tensor: tensor.to_owned(),
-            source,
-        })
+    let checked = match artifact.record(tensor)?.storage {
+        Storage::Codec { codec, .. } => {
+            let record = &artifact.manifest().codecs[codec];
+            CodecSpec::from_record(&record.name, record.version, &record.options)
+                .and_then(|spec| spec.rescalable().map(|_| ()))
+        }
+        // Its scales are others' too.
+        Storage::Path { .. } => Err(Rqt::not_rescalable()),
+        Storage::Unchanged | Storage::Exact { .. } => Ok(()),
+    };
+    checked.map_err(|source| Error::Codec {
+        path: artifact.dir().to_owned(),
+        tensor: tensor.to_owned(),
+        source,
+    })
 }

@@ -53,6 +53,7 @@ pub(super) fn rewrite(
                 let added = artifact.added_rows(name)?.map(|rows| rows.bytes).unwrap_or_default();
                 writer.put_delta(origin, codec.clone(), &delta, &added)?;
             }
+            Storage::Path { .. } => unreachable!("a path cannot be rescaled, which was checked"),
         }
     }
     for name in SIDE_FILES.into_iter().chain([CONFIG_FILE]) {

@@ -116,7 +116,7 @@ pub(super) struct DoneTensor {
 
 impl DoneTensor {
     fn is_sound(&self) -> bool {
-        let StoredTensor { name, record, codec, entries, .. } = &self.tensor;
+        let StoredTensor { name, record, codecs, entries, .. } = &self.tensor;
         let names = entries.iter().map(|entry| &entry.name);
         if !names.eq(&record.stored_names(name)) {
             return false;
@@ -125,8 +125,12 @@ impl DoneTensor {
             let dims = entry.shape.iter().map(|n| *n as u64);
             dims.fold(entry.dtype.size_bytes() as u64, u64::saturating_mul)
         });
-        let is_delta = matches!(record.storage, Storage::Codec { .. });
-        sizes.fold(0, u64::saturating_add) == self.span.bytes && is_delta == codec.is_some()
+        let n_codecs = match &record.storage {
+            Storage::Unchanged | Storage::Exact { .. } => 0,
+            Storage::Codec { .. } => 1,
+            Storage::Path { path, .. } => path.len(),
+        };
+        sizes.fold(0, u64::saturating_add) == self.span.bytes && n_codecs == codecs.len()
     }
 }
 

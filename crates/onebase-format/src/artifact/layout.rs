@@ -5,8 +5,8 @@ use onebase_tensor::DType;
 use serde::{Deserialize, Serialize};
 
 use super::manifest::{
-    ADDED_ROWS, BaseRecord, CodecRecord, FORMAT, FORMAT_VERSION, FileRecord, LINEAR_PREFIX,
-    Manifest, Role, Storage, TensorRecord, digest_of_tensors, part_name,
+    ADDED_ROWS, BaseRecord, CodecRecord, FORMAT, FileRecord, GAINS, LINEAR_PREFIX, Manifest,
+    PathNode, Role, Storage, TensorRecord, digest_of_tensors, part_name, version_for,
 };
 use super::reader::Sizes;
 use super::writer::{Origin, settle_card};
@@ -28,14 +28,15 @@ pub struct StoredTensor {
     pub(super) fine_tune: Digest,
     /// Neither the file nor the codec's position is filled in.
     pub(super) record: TensorRecord,
-    pub(super) codec: Option<CodecRecord>,
+    /// Of a delta its codec, of a path those of its nodes.
+    pub(super) codecs: Vec<CodecRecord>,
     pub(super) entries: Vec<TensorEntry>,
 }
 
 impl StoredTensor {
     /// A tensor that is the base's.
     pub fn unchanged(origin: Origin<'_>) -> Self {
-        Self::new(origin, Storage::Unchanged, None, Vec::new())
+        Self::new(origin, Storage::Unchanged, Vec::new(), Vec::new())
     }
 
     /// A tensor stored as it is.
@@ -45,7 +46,7 @@ impl StoredTensor {
             dtype: origin.dtype,
             shape: origin.shape.to_vec(),
         };
-        Self::new(origin, Storage::Exact { file: String::new() }, None, vec![entry])
+        Self::new(origin, Storage::Exact { file: String::new() }, Vec::new(), vec![entry])
     }
 
     /// A delta in parts of these names, types and shapes, in the order of their names, and
@@ -67,15 +68,33 @@ impl StoredTensor {
             let shape = vec![n_added, origin.shape[1]];
             entries.push(TensorEntry { name, dtype: origin.dtype, shape });
         }
-        let (codec, file) = (Some(codec), String::new());
+        let file = String::new();
         let storage = Storage::Codec { codec: 0, file, parts: names, added_rows: n_added };
-        Self::new(origin, storage, codec, entries)
+        Self::new(origin, storage, vec![codec], entries)
+    }
+
+    /// A sum of deltas that lie in nodes, each with the position of its file among those of
+    /// the artifact, its codec and whether it has gains.
+    pub fn path(origin: Origin<'_>, nodes: Vec<(usize, CodecRecord, bool)>) -> Self {
+        let n_gained = nodes.iter().filter(|(_, _, gain)| *gain).count();
+        let entry = TensorEntry {
+            name: part_name(origin.name, GAINS),
+            dtype: DType::F16,
+            shape: vec![n_gained, origin.shape[0]],
+        };
+        let path =
+            nodes.iter().map(|(node, _, gain)| PathNode { node: *node, codec: 0, gain: *gain });
+        let file = (n_gained > 0).then(String::new);
+        let entries = if n_gained > 0 { vec![entry] } else { Vec::new() };
+        let storage = Storage::Path { file, path: path.collect() };
+        let codecs = nodes.into_iter().map(|(_, codec, _)| codec).collect();
+        Self::new(origin, storage, codecs, entries)
     }
 
     fn new(
         origin: Origin<'_>,
         storage: Storage,
-        codec: Option<CodecRecord>,
+        codecs: Vec<CodecRecord>,
         entries: Vec<TensorEntry>,
     ) -> Self {
         let record = TensorRecord {
@@ -86,7 +105,7 @@ impl StoredTensor {
             storage,
         };
         let Origin { index, name, fine_tune, .. } = origin;
-        Self { index, name: name.to_owned(), fine_tune, record, codec, entries }
+        Self { index, name: name.to_owned(), fine_tune, record, codecs, entries }
     }
 }
 
@@ -101,6 +120,8 @@ pub struct Names<'a> {
     pub fine_tune: &'a str,
     /// The statistics that linear sites are encoded with.
     pub calibration: Option<&'a StatisticsRecord>,
+    /// The files of nodes that its tensors name by position.
+    pub nodes: &'a [FileRecord],
 }
 
 /// A tensor file that is to be written.
@@ -125,13 +146,14 @@ impl Layout {
         let of_fine_tune = tensors.iter().map(|t| (t.name.as_str(), t.fine_tune));
         let mut manifest = Manifest {
             format: FORMAT.to_owned(),
-            version: FORMAT_VERSION,
+            version: version_for(!names.nodes.is_empty()),
             tool: names.tool.to_owned(),
             base: BaseRecord::new(names.base, digests),
             fine_tune: names.fine_tune.to_owned(),
             fine_tune_blake3: Some(digest_of_tensors(of_fine_tune)),
             codecs: Vec::new(),
             files: BTreeMap::new(),
+            nodes: names.nodes.to_vec(),
             inherited: BTreeMap::new(),
             tensors: BTreeMap::new(),
             calibration: names.calibration.cloned(),
@@ -172,7 +194,17 @@ impl Layout {
                 Storage::Exact { file } => *file = place,
                 Storage::Codec { codec, file, .. } => {
                     *file = place;
-                    *codec = position(&mut manifest.codecs, tensor.codec.as_ref());
+                    for own in &tensor.codecs {
+                        *codec = position(&mut manifest.codecs, own);
+                    }
+                }
+                Storage::Path { file, path } => {
+                    if let Some(file) = file {
+                        *file = place;
+                    }
+                    for (node, codec) in path.iter_mut().zip(&tensor.codecs) {
+                        node.codec = position(&mut manifest.codecs, codec);
+                    }
                 }
             }
             manifest.tensors.insert(tensor.name.clone(), record);
@@ -182,8 +214,7 @@ impl Layout {
 }
 
 /// Where a codec is among those in use, added if it is not.
-fn position(codecs: &mut Vec<CodecRecord>, codec: Option<&CodecRecord>) -> usize {
-    let Some(codec) = codec else { unreachable!("a delta has a codec") };
+fn position(codecs: &mut Vec<CodecRecord>, codec: &CodecRecord) -> usize {
     codecs.iter().position(|c| c == codec).unwrap_or_else(|| {
         codecs.push(codec.clone());
         codecs.len() - 1

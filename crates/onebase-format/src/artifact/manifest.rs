@@ -17,9 +17,14 @@ pub const MODEL_CARD_FILE: &str = "README.md";
 /// The value of `format` in every manifest.
 pub const FORMAT: &str = "onebase-delta";
 
-/// The newest version of the format that this program reads, and the one that
-/// it writes.
-pub const FORMAT_VERSION: u32 = 1;
+/// The newest version of the format that this program reads.
+pub const FORMAT_VERSION: u32 = 2;
+
+/// The oldest version that holds an artifact: 2 where there are nodes, 1 else, which
+/// earlier programs read.
+pub(super) fn version_for(has_nodes: bool) -> u32 {
+    if has_nodes { 2 } else { 1 }
+}
 
 /// What an artifact says of itself.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -42,6 +47,10 @@ pub struct Manifest {
     pub codecs: Vec<CodecRecord>,
     /// Every file but the manifest and the model card.
     pub files: BTreeMap<String, FileRecord>,
+    /// Files of codes that several artifacts of a family may name, in its folder of nodes; in
+    /// the order in which they are added.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub nodes: Vec<FileRecord>,
     /// Files of the fine-tune that are the base's to the byte, by digest.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub inherited: BTreeMap<String, Digest>,
@@ -159,6 +168,27 @@ pub enum Storage {
         #[serde(default, skip_serializing_if = "is_zero")]
         added_rows: usize,
     },
+    /// As a sum of deltas that lie in nodes, with a factor for each row of some: those in the
+    /// part `gains`, `[nodes with gains, out_features]`, F16. Without nodes it is zero.
+    Path {
+        /// The file of the gains; none where no node has some.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        file: Option<String>,
+        /// The nodes, in the order in which they are added.
+        path: Vec<PathNode>,
+    },
+}
+
+/// A node at one site.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PathNode {
+    /// Position in the manifest's `nodes`.
+    pub node: usize,
+    /// Position in the manifest's `codecs`.
+    pub codec: usize,
+    /// Whether there are gains.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub gain: bool,
 }
 
 #[allow(clippy::trivially_copy_pass_by_ref)]
@@ -169,11 +199,14 @@ fn is_zero(n: &usize) -> bool {
 /// What the names of the files of linear sites begin with, and no others.
 pub(crate) const LINEAR_PREFIX: &str = "linear-";
 
+/// The part that holds the gains of nodes.
+pub(crate) const GAINS: &str = "gains";
+
 /// The part that holds vocabulary rows past the base's.
 pub(crate) const ADDED_ROWS: &str = "added_rows";
 
 /// The name of a tensor's part in its file.
-pub(crate) fn part_name(tensor: &str, part: &str) -> String {
+pub fn part_name(tensor: &str, part: &str) -> String {
     format!("{}.{part}", tensor.strip_suffix(".weight").unwrap_or(tensor))
 }
 
@@ -182,7 +215,11 @@ impl TensorRecord {
     /// `[n]`, `[1, n]`. `None` when it is not stored as a delta, or its shape is none
     /// that its role has.
     pub fn delta_shape(&self) -> Option<[usize; 2]> {
-        let Storage::Codec { added_rows, .. } = self.storage else { return None };
+        let added_rows = match self.storage {
+            Storage::Codec { added_rows, .. } => added_rows,
+            Storage::Path { .. } => 0,
+            Storage::Unchanged | Storage::Exact { .. } => return None,
+        };
         match (self.role, self.shape[..].as_ref()) {
             (Role::Vector, [n]) => (added_rows == 0).then_some([1, *n]),
             (Role::Vector, _) => None,
@@ -203,6 +240,8 @@ impl TensorRecord {
                 }
                 names
             }
+            Storage::Path { file: None, .. } => Vec::new(),
+            Storage::Path { file: Some(_), .. } => vec![part_name(tensor, GAINS)],
         }
     }
 }

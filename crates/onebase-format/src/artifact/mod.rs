@@ -16,9 +16,9 @@ pub use journal::{Run, Shard};
 pub use layout::{Names, StoredTensor, predicted_sizes};
 pub use manifest::{
     BaseRecord, CodecRecord, FORMAT, FORMAT_VERSION, FileRecord, MANIFEST_FILE, MODEL_CARD_FILE,
-    Manifest, Role, Storage, TensorRecord, digest_of_tensors,
+    Manifest, PathNode, Role, Storage, TensorRecord, digest_of_tensors, part_name,
 };
 pub use quality::{CalibrationRecord, DeltaError, Perplexity, Quality, TaskQuality};
 pub(crate) use reader::read_versioned;
-pub use reader::{Artifact, ExactTensor, Sizes};
+pub use reader::{Artifact, ExactTensor, PathPart, Sizes};
 pub use writer::{ArtifactWriter, Done, Origin, join};

@@ -8,11 +8,12 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::manifest::{
-    ADDED_ROWS, BaseRecord, CodecRecord, FORMAT, FORMAT_VERSION, LINEAR_PREFIX, MANIFEST_FILE,
-    MODEL_CARD_FILE, Manifest, Role, Storage, TensorRecord, part_name,
+    ADDED_ROWS, BaseRecord, CodecRecord, FORMAT, FORMAT_VERSION, GAINS, LINEAR_PREFIX,
+    MANIFEST_FILE, MODEL_CARD_FILE, Manifest, PathNode, Role, Storage, TensorRecord, part_name,
 };
 use crate::checkpoint::{plain_name, read_optional};
 use crate::error::Error;
+use crate::family::{check_node, open_node};
 use crate::safetensors_file::{SafetensorsFile, file_digest};
 use crate::{Checkpoint, Digest, Result};
 
@@ -23,14 +24,29 @@ pub struct Artifact {
     manifest: Manifest,
     sizes: Sizes,
     files: BTreeMap<String, SafetensorsFile>,
+    /// In the manifest's order.
+    nodes: Vec<SafetensorsFile>,
+}
+
+/// A node on the path of a tensor, see [`Storage::Path`].
+#[derive(Clone, Debug)]
+pub struct PathPart<'a> {
+    /// The digest of the node's file.
+    pub node: Digest,
+    /// The codec that wrote its delta.
+    pub codec: &'a CodecRecord,
+    /// The factor of each row, `[out_features]`; 1 where there are none.
+    pub gains: Option<Vec<f32>>,
+    /// Position among the artifact's nodes.
+    position: usize,
 }
 
 /// Bytes on disk and what they cover.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Sizes {
-    /// Bytes of every file of the folder.
+    /// Bytes of every file of the folder, and of the nodes that it names.
     pub total_bytes: u64,
-    /// Bytes of the files that hold linear sites, headers included.
+    /// Bytes of the files that hold linear sites, headers included, nodes as well.
     pub linear_bytes: u64,
     /// Elements of all tensors of the fine-tune.
     pub n_weights_total: u64,
@@ -50,11 +66,12 @@ impl Sizes {
                 .map(|t| t.shape.iter().fold(1, |n: u64, d| n.saturating_mul(*d as u64)))
                 .fold(0, u64::saturating_add)
         };
+        let nodes = manifest.nodes.iter().map(|f| f.bytes).fold(0, u64::saturating_add);
         let listed: u64 = manifest.files.values().map(|f| f.bytes).sum();
         let linear = manifest.files.iter().filter(|(name, _)| name.starts_with(LINEAR_PREFIX));
         Self {
-            total_bytes: listed + other_bytes,
-            linear_bytes: linear.map(|(_, f)| f.bytes).sum(),
+            total_bytes: listed.saturating_add(other_bytes).saturating_add(nodes),
+            linear_bytes: linear.map(|(_, f)| f.bytes).sum::<u64>().saturating_add(nodes),
             n_weights_total: count(false),
             n_weights_linear: count(true),
         }
@@ -126,8 +143,10 @@ impl Artifact {
         for name in [MANIFEST_FILE, MODEL_CARD_FILE] {
             other_bytes += std::fs::metadata(dir.join(name)).map_or(0, |m| m.len());
         }
+        let nodes = manifest.nodes.iter().map(|record| open_node(dir, record));
+        let nodes = nodes.collect::<Result<_>>()?;
         let sizes = Sizes::new(&manifest, other_bytes);
-        let artifact = Self { dir: dir.to_owned(), manifest, sizes, files };
+        let artifact = Self { dir: dir.to_owned(), manifest, sizes, files, nodes };
         for (tensor, record) in &artifact.manifest.tensors {
             artifact.check_record(tensor, record)?;
         }
@@ -148,7 +167,7 @@ impl Artifact {
             return Err(self.bad(tensor, format!("shape {:?} overflows", record.shape)));
         }
         match &record.storage {
-            Storage::Unchanged => {}
+            Storage::Unchanged | Storage::Path { .. } => {}
             Storage::Exact { .. } if record.role == Role::Linear => {
                 return Err(self.bad(tensor, "a linear site, expected a delta, got exact".into()));
             }
@@ -177,10 +196,50 @@ impl Artifact {
                 }
             }
         }
-        if let Storage::Exact { file } | Storage::Codec { file, .. } = &record.storage
+        if let Storage::Path { file, path } = &record.storage {
+            self.check_path(tensor, record, file.as_deref(), path)?;
+        }
+        if let Storage::Exact { file }
+        | Storage::Codec { file, .. }
+        | Storage::Path { file: Some(file), .. } = &record.storage
             && file.starts_with(LINEAR_PREFIX) != (record.role == Role::Linear)
         {
             return Err(self.bad(tensor, format!("a {:?} tensor in {file}", record.role)));
+        }
+        Ok(())
+    }
+
+    fn check_path(
+        &self,
+        tensor: &str,
+        record: &TensorRecord,
+        file: Option<&str>,
+        path: &[PathNode],
+    ) -> Result<()> {
+        let [out_features, _] = record.shape[..] else {
+            return Err(self.bad(tensor, format!("a path of shape {:?}", record.shape)));
+        };
+        if record.role != Role::Linear {
+            return Err(self.bad(tensor, format!("a {:?} tensor, expected no path", record.role)));
+        }
+        for PathNode { node, codec, .. } in path {
+            if *node >= self.manifest.nodes.len() {
+                return Err(self.bad(tensor, format!("names node {node}, which is not listed")));
+            }
+            if *codec >= self.manifest.codecs.len() {
+                return Err(self.bad(tensor, format!("names codec {codec}, which is not listed")));
+            }
+        }
+        let n_gained = path.iter().filter(|node| node.gain).count();
+        let Some(file) = file else {
+            let problem = || self.bad(tensor, format!("gains of {n_gained} nodes in no file"));
+            return if n_gained == 0 { Ok(()) } else { Err(problem()) };
+        };
+        let header = self.file(tensor, file)?.header(&part_name(tensor, GAINS))?;
+        if header.dtype != DType::F16.name() || header.shape != [n_gained, out_features] {
+            let got = format!("{} {:?}", header.dtype, header.shape);
+            let expected = format!("F16 {:?}", [n_gained, out_features]);
+            return Err(self.bad(tensor, format!("gains: expected {expected}, got {got}")));
         }
         Ok(())
     }
@@ -267,12 +326,24 @@ impl Artifact {
             return Ok(None);
         };
         let file = self.file(tensor, file)?;
+        let names = parts.iter().map(|part| (part.clone(), part_name(tensor, part)));
+        let delta = EncodedDelta { shape, parts: self.parts(tensor, file, names)? };
+        Ok(Some((&self.manifest.codecs[*codec], delta)))
+    }
+
+    /// Parts, by what they are called and their names in a file.
+    fn parts(
+        &self,
+        tensor: &str,
+        file: &SafetensorsFile,
+        names: impl Iterator<Item = (String, String)>,
+    ) -> Result<BTreeMap<String, Part>> {
         let mut by_name = BTreeMap::new();
-        for part in parts {
-            let header = file.header(&part_name(tensor, part))?;
+        for (part, name) in names {
+            let header = file.header(&name)?;
             let dtype: DType = header.dtype.parse().map_err(|_| Error::UnsupportedDType {
                 path: file.path.clone(),
-                tensor: part_name(tensor, part),
+                tensor: name,
                 got: header.dtype.clone(),
             })?;
             let read = PartData::from_le_bytes(dtype, &file.bytes(header))
@@ -280,10 +351,50 @@ impl Artifact {
             let Some(read) = read else {
                 return Err(self.bad(tensor, format!("part {part} does not fill its shape")));
             };
-            by_name.insert(part.clone(), read);
+            by_name.insert(part, read);
         }
-        let delta = EncodedDelta { shape, parts: by_name };
-        Ok(Some((&self.manifest.codecs[*codec], delta)))
+        Ok(by_name)
+    }
+
+    /// The nodes on the path of a tensor, in the order in which they are added; `None` when
+    /// it is not stored as a path.
+    ///
+    /// # Errors
+    /// When the gains are missing or malformed.
+    pub fn path(&self, tensor: &str) -> Result<Option<Vec<PathPart<'_>>>> {
+        let record = self.record(tensor)?;
+        let Storage::Path { file, path } = &record.storage else { return Ok(None) };
+        let mut gains = Vec::new();
+        if let Some(file) = file {
+            let file = self.file(tensor, file)?;
+            let bytes = file.bytes(file.header(&part_name(tensor, GAINS))?);
+            gains.resize(bytes.len() / DType::F16.size_bytes(), 0.0);
+            DType::F16.widen(&bytes, &mut gains);
+        }
+        let mut gains = gains.chunks(record.shape[0].max(1));
+        let part = |node: &PathNode| PathPart {
+            node: self.manifest.nodes[node.node].blake3,
+            codec: &self.manifest.codecs[node.codec],
+            gains: node.gain.then(|| gains.next().unwrap_or_default().to_vec()),
+            position: node.node,
+        };
+        Ok(Some(path.iter().map(part).collect()))
+    }
+
+    /// The delta of a tensor in a node on its path.
+    ///
+    /// # Errors
+    /// When it is missing or malformed.
+    pub fn node_delta(&self, tensor: &str, part: &PathPart<'_>) -> Result<EncodedDelta> {
+        let Some(shape) = self.record(tensor)?.delta_shape() else {
+            return Err(self.bad(tensor, "has no path".into()));
+        };
+        let file = &self.nodes[part.position];
+        let names = file.tensors.keys().filter_map(|name| {
+            let part = name.strip_prefix(&part_name(tensor, ""))?;
+            (!part.contains('.')).then(|| (part.to_owned(), name.clone()))
+        });
+        Ok(EncodedDelta { shape, parts: self.parts(tensor, file, names)? })
     }
 
     /// The shapes of the parts of a tensor's delta, without reading them; `None` when
@@ -366,6 +477,11 @@ impl Artifact {
                 Err(Error::FileDigest { path, expected: record.blake3, got })
             }
         })?;
+        self.manifest
+            .nodes
+            .par_iter()
+            .zip(&self.nodes)
+            .try_for_each(|(record, file)| check_node(&self.dir, record, &file.path))?;
         let tensors = &self.manifest.tensors;
         let claimed: BTreeSet<String> =
             tensors.iter().flat_map(|(tensor, record)| record.stored_names(tensor)).collect();

@@ -2,6 +2,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
+use half::f16;
 use onebase_tensor::{DType, EncodedDelta, Part, PartData};
 
 use super::CalibrationRecord;
@@ -119,9 +120,9 @@ impl ArtifactWriter {
             _ => None,
         };
         let Some(done) = journal.entries().iter().find_map(of_index) else { return Ok(None) };
-        let StoredTensor { name, record, codec, entries, .. } = done.tensor;
+        let StoredTensor { name, record, mut codecs, entries, .. } = done.tensor;
         let (Storage::Codec { parts, .. }, Some(shape), Some(codec)) =
-            (&record.storage, record.delta_shape(), codec)
+            (&record.storage, record.delta_shape(), codecs.pop())
         else {
             return Ok(None);
         };
@@ -206,6 +207,21 @@ impl ArtifactWriter {
         self.put_all(tensor, &bytes)
     }
 
+    /// Stores a tensor as a path of nodes, with the gains, `[out_features]`, of those that
+    /// have some; see [`StoredTensor::path`].
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn put_path(
+        &mut self,
+        origin: Origin<'_>,
+        nodes: Vec<(usize, CodecRecord, bool)>,
+        gains: &[Vec<f16>],
+    ) -> Result<()> {
+        let gains: Vec<u8> = gains.iter().flatten().flat_map(|gain| gain.to_le_bytes()).collect();
+        self.put_all(StoredTensor::path(origin, nodes), &[&gains])
+    }
+
     fn put_all(&mut self, tensor: StoredTensor, bytes: &[&[u8]]) -> Result<()> {
         let expected: usize = tensor.entries.iter().map(TensorEntry::size_bytes).sum();
         let got: usize = bytes.iter().map(|bytes| bytes.len()).sum();
@@ -258,7 +274,19 @@ impl ArtifactWriter {
     /// # Errors
     /// When something cannot be written; what is done stays.
     pub fn finish(
+        self,
+        model_card: impl Fn(&Manifest, &Sizes) -> String,
+    ) -> Result<(Manifest, Sizes)> {
+        self.finish_with(&[], model_card)
+    }
+
+    /// [`ArtifactWriter::finish`] of one with paths over nodes, whose files are there already.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn finish_with(
         mut self,
+        nodes: &[FileRecord],
         model_card: impl Fn(&Manifest, &Sizes) -> String,
     ) -> Result<(Manifest, Sizes)> {
         self.keep = true;
@@ -268,7 +296,7 @@ impl ArtifactWriter {
             journal.record(Entry::End)?;
         }
         let dir = journal.dir().to_owned();
-        let written = assemble(&target, &dir, std::slice::from_ref(journal), model_card)?;
+        let written = assemble(&target, &dir, std::slice::from_ref(journal), nodes, model_card)?;
         self.journal = None;
         // The artifact is there: what cannot be removed harms nothing.
         let _ = remove_work(&dir);
@@ -352,7 +380,7 @@ pub fn join(
             _ => return Err(Error::UnfinishedShard { path: path(), index, count }),
         }
     }
-    let written = assemble(target, &dir, &journals, model_card)?;
+    let written = assemble(target, &dir, &journals, &[], model_card)?;
     drop(journals);
     // The artifact is there: what cannot be removed harms nothing.
     let _ = remove_work(&dir);
@@ -365,6 +393,7 @@ fn assemble(
     target: &Path,
     work: &Path,
     journals: &[Journal],
+    nodes: &[FileRecord],
     model_card: impl Fn(&Manifest, &Sizes) -> String,
 ) -> Result<(Manifest, Sizes)> {
     let Some(run) = journals.first().map(Journal::run) else {
@@ -391,7 +420,7 @@ fn assemble(
     }
     let mut data = journals.iter().map(Journal::data).collect::<Result<Vec<Data>>>()?;
     let Run { tool, base, fine_tune, calibration, .. } = run;
-    let names = Names { tool, base, fine_tune, calibration: calibration.as_ref() };
+    let names = Names { tool, base, fine_tune, calibration: calibration.as_ref(), nodes };
     let stored: Vec<&StoredTensor> = tensors.iter().map(|(done, _)| &done.tensor).collect();
     let Layout { mut manifest, files } = Layout::new(names, &stored)?;
     let folder = StagedFolder::create(target)?;

@@ -17,13 +17,14 @@ use onebase_format::statistics::Source;
 use onebase_model::{Model, TextModel};
 use serde_json::{Map, Value, json};
 
-use crate::args::CompressArgs;
+use crate::args::{CompressArgs, GivenCodec};
 use crate::commands::calibrate::warn_of_few_tokens;
+use crate::commands::family;
 use crate::commands::inspect::summary_rows;
 use crate::output::{Bar, Output, Stages, bytes, number, table};
 
 /// The most resident memory that this process held so far; Linux alone tells.
-fn peak_memory_bytes() -> Option<u64> {
+pub(crate) fn peak_memory_bytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
@@ -117,8 +118,20 @@ fn inputs(args: &CompressArgs, pair: &Pair) -> anyhow::Result<Option<Inputs>> {
 
 pub(crate) fn run(args: &CompressArgs, output: &Output) -> anyhow::Result<()> {
     let start = Instant::now();
-    let pair = Pair::open(&args.base, &args.fine_tune)?;
-    let codec = &args.codec.spec;
+    let (codec, has_size) = match &args.codec {
+        GivenCodec::Delta { spec, has_size } => (spec, *has_size),
+        GivenCodec::Family(rqt) => return family::compress(args, rqt, output),
+    };
+    let [fine_tune] = &args.fine_tunes[..] else {
+        bail!(
+            "{} fine-tunes, expected one for codec {codec}; `--codec rqt` compresses a family",
+            args.fine_tunes.len()
+        )
+    };
+    if args.leaf.is_some() || args.dry_run {
+        bail!("--leaf and --dry-run are for a family, which `--codec rqt` compresses");
+    }
+    let pair = Pair::open(&args.base, Path::new(fine_tune))?;
     // What a wrong command says is said before whole models are read.
     if args.statistics.is_some() || args.calibration.is_some() {
         check_calibrated(codec)?;
@@ -130,7 +143,7 @@ pub(crate) fn run(args: &CompressArgs, output: &Output) -> anyhow::Result<()> {
     );
     plan.calibration = inputs(args, &pair)?;
     let plan = match args.budget {
-        Some(_) if args.codec.has_size => {
+        Some(_) if has_size => {
             bail!("{codec} says its size, so that --budget cannot choose it; give one of them")
         }
         Some(budget) => {

@@ -2,13 +2,18 @@ use std::collections::BTreeMap;
 
 use onebase_codec::CodecSpec;
 use onebase_format::artifact::{Artifact, CodecRecord, Manifest, Sizes, Storage};
+use onebase_format::family::Family;
 use serde_json::json;
 
 use crate::args::InspectArgs;
 use crate::commands::eval::{figures, skill};
+use crate::commands::family;
 use crate::output::{Output, bytes, table};
 
 pub(crate) fn run(args: &InspectArgs, output: &Output) -> anyhow::Result<()> {
+    if Family::is_at(&args.artifact) {
+        return family::inspect(&args.artifact, output);
+    }
     let artifact = Artifact::open(&args.artifact)?;
     let (manifest, sizes) = (artifact.manifest(), artifact.sizes());
     let mut object = json!({
@@ -94,6 +99,7 @@ fn stored_as(manifest: &Manifest, storage: &Storage) -> String {
             }
             text
         }
+        Storage::Path { path, .. } => format!("sum over {} nodes", path.len()),
     }
 }
 

@@ -7,6 +7,7 @@ pub(crate) mod completions;
 pub(crate) mod compress;
 pub(crate) mod demo;
 pub(crate) mod eval;
+pub(crate) mod family;
 pub(crate) mod finalize;
 pub(crate) mod generate;
 pub(crate) mod inspect;

@@ -1,13 +1,18 @@
 use onebase_compress::verify;
 use onebase_format::Checkpoint;
 use onebase_format::artifact::Artifact;
+use onebase_format::family::Family;
 use serde_json::json;
 
 use crate::args::VerifyArgs;
+use crate::commands::family;
 use crate::output::{Bar, Output};
 
 pub(crate) fn run(args: &VerifyArgs, output: &Output) -> anyhow::Result<()> {
     let base = Checkpoint::open(&args.base)?;
+    if Family::is_at(&args.artifact) {
+        return family::verify(&base, &args.artifact, output);
+    }
     let artifact = Artifact::open(&args.artifact)?;
     let bar = Bar::new("verifying");
     let verified = verify(&base, &artifact, &bar)?;
