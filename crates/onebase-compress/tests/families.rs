@@ -18,7 +18,7 @@ use onebase_compress::{
 use onebase_format::artifact::{Artifact, MANIFEST_FILE, Storage};
 use onebase_format::family::{FAMILY_FILE, Family};
 use onebase_format::{Checkpoint, Error as FormatError};
-use onebase_model::{KvCache, Logits, Model, Segment, Tenant};
+use onebase_model::{KvCache, Logits, Model, Segment, Tenant, resident_bytes_of};
 use serde_json::Value;
 use support::{Memory, Noise, SAME, demo, difference, logits};
 
@@ -210,6 +210,18 @@ fn a_batch_over_the_family_is_each_alone() {
     let load = |name: &&str| Tenant::load(&model, &family.tenant(name).unwrap()).unwrap();
     let tenants: Vec<Tenant> = names[..3].iter().map(load).collect();
     let of = |i: usize| &tenants[i % 3];
+    // Nodes are in memory once.
+    let each: usize = tenants.iter().map(Tenant::resident_bytes).sum();
+    let together = resident_bytes_of(tenants.iter());
+    let shared: usize = family_report(&family, None)
+        .unwrap()
+        .nodes
+        .iter()
+        .map(|node| (node.tenants.len() - 1) * usize::try_from(node.bytes).unwrap())
+        .sum();
+    assert!(shared > 0 && together < each);
+    // But for the headers of their files.
+    assert!((each - together).abs_diff(shared) < shared / 3, "{each} {together} {shared}");
     let prompts: Vec<Vec<u32>> =
         (0..names.len() as u32).map(|i| (0..5 + i).map(|t| (7 * t + i) % 50).collect()).collect();
     let alone: Vec<Vec<f32>> =

@@ -17,7 +17,7 @@ use std::time::Instant;
 
 use onebase_format::Checkpoint;
 use onebase_format::artifact::Artifact;
-use onebase_model::{KvCache, Logits, Model, Segment, Tenant};
+use onebase_model::{KvCache, Logits, Model, Segment, Tenant, resident_bytes_of};
 use rayon::prelude::*;
 
 const PROMPT_TOKENS: u32 = 64;
@@ -97,16 +97,17 @@ fn report(base: &Path) {
         for (((name, tenants), times), prefill) in voices.iter().zip(times).zip(prefill) {
             let time = median(times);
             let served = tenants.iter().take(batch).flatten();
-            let bytes = model.checkpoint().size_bytes() as usize
-                + served.map(|tenant| tenant.resident_bytes()).sum::<usize>();
+            let of_tenants = resident_bytes_of(served.copied());
+            let bytes = model.checkpoint().size_bytes() as usize + of_tenants;
             let rate = bytes as f64 / time;
             println!(
                 "batch {batch}  {name}: {:.1} ms per step, {:.1} GB/s ({:.2} of the bandwidth), \
-                 {:.2} of the base's time; prefill {:.0} tokens/s",
+                 {:.2} of the base's time, {:.1} MB of tenants; prefill {:.0} tokens/s",
                 time * 1e3,
                 rate / 1e9,
                 rate / bandwidth,
                 time / base_time,
+                of_tenants as f64 / 1e6,
                 f64::from(PROMPT_TOKENS) * batch as f64 / prefill,
             );
         }

@@ -141,6 +141,12 @@ impl<L, V> Layer<L, V> {
     }
 
     /// Every linear site.
+    pub(crate) fn sites(&self) -> impl Iterator<Item = &L> {
+        let mlps = self.mlps.iter().flat_map(|Mlp { gate, up, down }| [gate, up, down]);
+        [&self.q, &self.k, &self.v, &self.o].into_iter().chain(mlps)
+    }
+
+    /// Every linear site.
     pub(crate) fn sites_mut(&mut self) -> impl Iterator<Item = &mut L> {
         let mlps = self.mlps.iter_mut();
         let mlps = mlps.flat_map(|Mlp { gate, up, down }| [gate, up, down]);

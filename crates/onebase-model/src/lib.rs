@@ -33,7 +33,7 @@ pub use kv_cache::KvCache;
 pub use model::{Model, check_tensors};
 pub use observer::{Nobody, Observer, SiteInput};
 pub use sampler::{Sampler, SamplingParams};
-pub use tenant::{Tenant, Wrap};
+pub use tenant::{Tenant, Wrap, resident_bytes_of};
 pub use tokenizer::{TextModel, Tokenizer, start_token, stop_tokens};
 
 /// The result of this crate's operations.

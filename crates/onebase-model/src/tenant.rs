@@ -1,12 +1,13 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use onebase_codec::DeltaLinear;
 use onebase_format::artifact::{Artifact, Role, Storage};
 use onebase_format::{Checkpoint, Tensor};
 use onebase_kernels::add_assign;
 
-use crate::decoder::{Decoder, Loaded, Loader};
-use crate::delta::{NodeCache, Stored, stored_delta};
+use crate::decoder::{Decoder, Layer, Loaded, Loader};
+use crate::delta::{GainedNode, NodeCache, Stored, stored_delta};
 use crate::linear::SiteDelta;
 use crate::rope::Rope;
 use crate::weights::Weight;
@@ -135,6 +136,25 @@ impl Tenant {
     pub fn resident_bytes(&self) -> usize {
         self.resident_bytes
     }
+}
+
+/// Bytes of memory that the parts of tenants hold, nodes that they share counted once: what a
+/// step with a row of each reads.
+pub fn resident_bytes_of<'a>(tenants: impl Iterator<Item = &'a Tenant>) -> usize {
+    let mut seen = BTreeSet::new();
+    let mut bytes = 0;
+    for tenant in tenants {
+        bytes += tenant.resident_bytes;
+        for site in tenant.decoder.layers.iter().flat_map(Layer::sites) {
+            let Some(Stored::Path(path)) = &site.delta else { continue };
+            for GainedNode { node, .. } in &path.nodes {
+                if !seen.insert(Arc::as_ptr(node).cast::<()>()) {
+                    bytes -= node.resident_bytes();
+                }
+            }
+        }
+    }
+    bytes
 }
 
 /// What is made of the delta of each linear site.

@@ -1,3 +1,4 @@
+use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fmt::Write as _;
@@ -117,11 +118,17 @@ impl Planned {
 
     fn to_text(&self) -> String {
         let names = &self.similarity.tenants;
+        let numbers: Vec<String> = (1..=names.len()).map(|n| n.to_string()).collect();
         let mut header = vec!["cosine of deltas"];
-        header.extend(names.iter().map(String::as_str));
-        let rows = names.iter().zip(&self.similarity.cosines).map(|(name, row)| {
-            let cells = row.iter().map(|cosine| format!("{cosine:.3}"));
-            std::iter::once(name.clone()).chain(cells).collect()
+        header.extend(numbers.iter().map(String::as_str));
+        let rows = names.iter().zip(&self.similarity.cosines).enumerate().map(|(i, (name, row))| {
+            // It is symmetric.
+            let cells = row.iter().enumerate().map(|(j, cosine)| match j.cmp(&i) {
+                Ordering::Less => format!("{cosine:.3}"),
+                Ordering::Equal => "1".to_owned(),
+                Ordering::Greater => String::new(),
+            });
+            std::iter::once(format!("{} {name}", i + 1)).chain(cells).collect()
         });
         let mut text = table(&header, 1, rows.collect()).to_string();
         if names.len() > 1 {
@@ -141,7 +148,7 @@ impl Planned {
             text.push_str("nobody shares codes: the fine-tunes have too little in common\n");
         }
         for group in shared {
-            let _ = writeln!(text, "{} share codes", group.join(", "));
+            let _ = writeln!(text, "{} share codes", some_of(&group));
         }
         text
     }
@@ -370,6 +377,15 @@ fn drawn(report: &FamilyReport) -> String {
     text
 }
 
+/// Names for a line: all, or the first ones and how many more.
+fn some_of(names: &[&str]) -> String {
+    const SHOWN: usize = 4;
+    match names.len().saturating_sub(SHOWN) {
+        0 => names.join(", "),
+        more => format!("{} and {more} more", names[..SHOWN].join(", ")),
+    }
+}
+
 /// A tenant and what of its path is still to be drawn.
 type Way<'a> = (&'a str, &'a [String]);
 
@@ -387,16 +403,21 @@ fn draw(ways: &[Way<'_>], known: &BTreeMap<&str, &NodeReport>, indent: &str, tex
         let (mark, after) = if at + 1 == n { ("└─ ", "   ") } else { ("├─ ", "│  ") };
         let mut names: Vec<&str> = below.iter().map(|(name, _)| *name).collect();
         names.sort_unstable();
-        let _ = write!(text, "{indent}{mark}{}… {}", &node[..8.min(node.len())], names.join(", "));
+        let node_name = &node[..8.min(node.len())];
+        let _ = write!(text, "{indent}{mark}{node_name}… {}", some_of(&names));
         if let Some(report) = known.get(node) {
             if let Some(bits) = report.bits {
                 let _ = write!(text, "  {bits:.2} bits");
             }
             let _ = write!(text, "  {}", bytes(report.bytes));
-            let errors = names.iter().filter_map(|n| report.errors.get(*n)).map(|e| number(*e));
-            let errors: Vec<String> = errors.collect();
-            if !errors.is_empty() {
-                let _ = write!(text, "  error {}", errors.join(", "));
+            let errors = names.iter().filter_map(|name| report.errors.get(*name)).copied();
+            let least = errors.clone().fold(f64::INFINITY, f64::min);
+            let most = errors.fold(0.0, f64::max);
+            if least <= most {
+                let _ = write!(text, "  error {}", number(least));
+            }
+            if number(least) != number(most) && least < most {
+                let _ = write!(text, " to {}", number(most));
             }
         }
         text.push('\n');
