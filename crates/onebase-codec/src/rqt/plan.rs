@@ -44,9 +44,16 @@ pub struct Costs {
     pub scale_bits: f64,
     /// Of the gains of one model at a shared node.
     pub gain_bits: f64,
+    /// How much more the energy counts that a model has of its own and no code holds, than that
+    /// of the errors of codes: those are noise, this is what tells it from its relatives.
+    pub uncoded: f64,
     /// Of what each model has of its own beside codes, if anything.
     pub leaf: Option<FixedLeaf>,
 }
+
+/// [`Costs::uncoded`] unless something else is asked for. At equal squared errors, relatives
+/// whose own parts were coded had the lower divergences from their fine-tunes.
+const UNCODED: f64 = 2.0;
 
 /// What each model has of its own, where it is not planned.
 #[derive(Clone, Copy, Debug)]
@@ -68,6 +75,7 @@ impl Costs {
             group_size,
             scale_bits: 16.0 * n_groups as f64 / in_features as f64,
             gain_bits: 16.0 / in_features as f64,
+            uncoded: UNCODED,
             leaf: None,
         }
     }
@@ -89,7 +97,8 @@ pub struct Choice {
     pub bits: Vec<u8>,
     /// The size in bits per weight, of all models together.
     pub cost: f64,
-    /// The squared error to be expected, in units of the Gram matrix, of all models together.
+    /// The squared error to be expected, in units of the Gram matrix, of all models together,
+    /// with what no code holds as [`Costs::uncoded`] says.
     pub loss: f64,
 }
 
@@ -174,7 +183,8 @@ impl Search<'_> {
             let choice = |b: usize| {
                 let mut bits = vec![0; n_nodes];
                 bits[v] = u8::try_from(b).unwrap_or(u8::MAX);
-                let loss = energy * self.costs.error(b);
+                let weight = if b == 0 { self.costs.uncoded } else { 1.0 };
+                let loss = energy * self.costs.error(b) * weight;
                 Choice { bits, cost: self.costs.of_node(b, 1), loss }
             };
             // A delta that is dropped at a site costs more than its energy says.

@@ -140,9 +140,9 @@ impl<'a> Measured<'a> {
     }
 }
 
-/// Nothing but codes costs.
+/// Nothing but codes costs, and all errors count alike.
 pub(crate) fn free() -> Costs {
-    Costs { scale_bits: 0.0, gain_bits: 0.0, ..Costs::new(GROUP, GROUP) }
+    Costs { scale_bits: 0.0, gain_bits: 0.0, uncoded: 1.0, ..Costs::new(GROUP, GROUP) }
 }
 
 pub(crate) fn sources<'a>(deltas: &'a [MatrixRef<'a>]) -> Vec<&'a dyn DeltaSource> {

@@ -121,15 +121,16 @@ impl Planned {
         let numbers: Vec<String> = (1..=names.len()).map(|n| n.to_string()).collect();
         let mut header = vec!["cosine of deltas"];
         header.extend(numbers.iter().map(String::as_str));
-        let rows = names.iter().zip(&self.similarity.cosines).enumerate().map(|(i, (name, row))| {
-            // It is symmetric.
-            let cells = row.iter().enumerate().map(|(j, cosine)| match j.cmp(&i) {
-                Ordering::Less => format!("{cosine:.3}"),
-                Ordering::Equal => "1".to_owned(),
-                Ordering::Greater => String::new(),
+        let rows =
+            names.iter().zip(&self.similarity.cosines).enumerate().map(|(i, (name, row))| {
+                // It is symmetric.
+                let cells = row.iter().enumerate().map(|(j, cosine)| match j.cmp(&i) {
+                    Ordering::Less => format!("{cosine:.3}"),
+                    Ordering::Equal => "1".to_owned(),
+                    Ordering::Greater => String::new(),
+                });
+                std::iter::once(format!("{} {name}", i + 1)).chain(cells).collect()
             });
-            std::iter::once(format!("{} {name}", i + 1)).chain(cells).collect()
-        });
         let mut text = table(&header, 1, rows.collect()).to_string();
         if names.len() > 1 {
             let _ = writeln!(text, "\nalike, and how much of them is in common:");
