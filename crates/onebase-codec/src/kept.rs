@@ -1,41 +1,114 @@
 //! A matrix of which blocks of rows keep the same input features, with low-bit codes for them.
 //!
-//! The inputs that a block keeps are gathered once, and its codes are multiplied with them as
-//! those of a small dense matrix: nothing is done for what is dropped.
+//! Nothing is done for what is dropped. Where many rows share their inputs, a kernel takes them
+//! together; where few do, the inputs of each block are gathered, and its codes are multiplied with them as those of a
+//! small dense matrix.
 
 use std::ops::Range;
 
 use half::bf16;
-use onebase_kernels::{Backend, LowBit, plane_bytes};
+use onebase_kernels::{Backend, Gathered, LANES, LowBit, plane_bytes};
 use onebase_tensor::{MatrixMut, MatrixRef};
 use rayon::prelude::*;
 
-/// Input features, in two bytes where that is enough.
-enum Columns {
-    Short(Vec<u16>),
-    Long(Vec<u32>),
-}
-
-/// What the codes of a row stand for: the weight is `factor · (2 code − twice_zero)`.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Line {
-    /// Half of the step between codes.
-    pub(crate) factor: f32,
+/// What the codes of a matrix stand for: the weight is `factor · (2 code − twice_zero)`.
+pub(crate) struct Lines {
+    /// Half of the step between codes, of each row.
+    pub(crate) factors: Vec<f32>,
     /// Twice the code of weight zero.
     pub(crate) twice_zero: i64,
 }
 
-impl Line {
+impl Lines {
     /// The weight of a code.
     #[allow(clippy::cast_precision_loss)]
-    pub(crate) fn weight(self, code: u8) -> f32 {
+    fn weight(&self, row: usize, code: u8) -> f32 {
         let level = 2 * i64::from(code) - self.twice_zero;
-        (self.factor * level as f32).clamp(-f32::MAX, f32::MAX)
+        (self.factors[row] * level as f32).clamp(-f32::MAX, f32::MAX)
+    }
+
+    /// What is added to the odd levels `2 code − (2^bits − 1)`.
+    #[allow(clippy::cast_precision_loss)]
+    fn offset(&self, bits: usize) -> f32 {
+        ((1i64 << bits) - 1 - self.twice_zero) as f32
     }
 }
 
 /// A delta `[out_features, in_features]` in this form.
 pub(crate) struct Kept {
+    shape: [usize; 2],
+    bits: usize,
+    lines: Lines,
+    codes: Codes,
+}
+
+enum Codes {
+    /// Blocks of at least as many rows as there are lanes.
+    Shared(Gathered),
+    Own(Planes),
+}
+
+impl Kept {
+    /// `columns` are input features, `[n_blocks, n_kept]`, `codes` are below `2^bits`,
+    /// `[out_features, n_kept]`, row after row, and `lines` say what they stand for.
+    ///
+    /// Panics when a length, an input feature or a code does not fit: who calls has checked them.
+    pub(crate) fn new(
+        shape: [usize; 2],
+        block_rows: usize,
+        bits: usize,
+        columns: Vec<u32>,
+        codes: impl Iterator<Item = u8>,
+        lines: Lines,
+    ) -> Self {
+        assert_eq!(lines.factors.len(), shape[0], "lines");
+        let codes = if (LANES..=Gathered::MAX_BLOCK_ROWS).contains(&block_rows) {
+            Codes::Shared(Gathered::new(shape, block_rows, bits, columns, codes))
+        } else {
+            Codes::Own(Planes::new(shape, block_rows, bits, columns, codes))
+        };
+        Self { shape, bits, lines, codes }
+    }
+}
+
+impl crate::DeltaLinear for Kept {
+    fn shape(&self) -> [usize; 2] {
+        self.shape
+    }
+
+    fn add_to(&self, backend: Backend, x: MatrixRef<'_>, y: &mut MatrixMut<'_>) {
+        let offset = self.lines.offset(self.bits);
+        match &self.codes {
+            Codes::Shared(codes) => {
+                backend.add_gathered(codes, &self.lines.factors, offset, x, y);
+            }
+            Codes::Own(codes) => codes.add_to(backend, &self.lines.factors, offset, x, y),
+        }
+    }
+
+    fn write_rows(&self, rows: Range<usize>, out: &mut [f32]) {
+        out.fill(0.0);
+        for (row, out) in rows.zip(out.chunks_mut(self.shape[1].max(1))) {
+            let each = |column, code| out[column] = self.lines.weight(row, code);
+            match &self.codes {
+                Codes::Shared(codes) => codes.visit(row, each),
+                Codes::Own(codes) => codes.visit(row, each),
+            }
+        }
+    }
+
+    fn resident_bytes(&self) -> usize {
+        let codes = match &self.codes {
+            Codes::Shared(codes) => codes.resident_bytes(),
+            Codes::Own(codes) => size_of_val(codes.columns.as_slice()) + codes.planes.len(),
+        };
+        codes + size_of_val(self.lines.factors.as_slice())
+    }
+}
+
+/// Codes of blocks of few rows.
+struct Planes {
+    /// `[out_features, in_features]`.
     shape: [usize; 2],
     /// Rows that keep the same input features; the last block may have fewer.
     block_rows: usize,
@@ -43,11 +116,9 @@ pub(crate) struct Kept {
     /// Kept weights of a row.
     n_kept: usize,
     /// `[n_blocks, n_kept]`.
-    columns: Columns,
+    columns: Vec<u32>,
     /// `[out_features, bits, plane_bytes(n_kept)]`, as [`LowBit`] has them.
     planes: Vec<u8>,
-    /// `[out_features]`.
-    lines: Vec<Line>,
 }
 
 /// Rows of a batch that are multiplied at a time, which bounds the products that wait
@@ -57,24 +128,18 @@ const BATCH_ROWS: usize = 64;
 /// Multiply-adds of one task.
 const TASK_MULTIPLY_ADDS: usize = 1 << 17;
 
-impl Kept {
-    /// `columns` are input features, `[n_blocks, n_kept]`, `codes` are below `2^bits`,
-    /// `[out_features, n_kept]`, row after row, and `lines` are those of each row.
-    ///
-    /// Panics when a length or an input feature does not fit: who calls has checked them.
-    pub(crate) fn new(
+impl Planes {
+    fn new(
         shape @ [n_rows, n_cols]: [usize; 2],
         block_rows: usize,
         bits: usize,
         columns: Vec<u32>,
         codes: impl Iterator<Item = u8>,
-        lines: Vec<Line>,
     ) -> Self {
         let n_blocks = n_rows.div_ceil(block_rows);
         let n_kept = columns.len().checked_div(n_blocks).unwrap_or(0);
         assert_eq!(columns.len(), n_blocks * n_kept, "columns");
         assert!(columns.iter().all(|column| (*column as usize) < n_cols), "columns");
-        assert_eq!(lines.len(), n_rows, "lines");
         let plane = plane_bytes(n_kept);
         let mut planes = vec![0; n_rows * bits * plane];
         let mut n_codes = 0;
@@ -86,29 +151,12 @@ impl Kept {
             n_codes += 1;
         }
         assert_eq!(n_codes, n_rows * n_kept, "codes");
-        let columns = if n_cols <= 1 << 16 {
-            #[allow(clippy::cast_possible_truncation)]
-            Columns::Short(columns.into_iter().map(|column| column as u16).collect())
-        } else {
-            Columns::Long(columns)
-        };
-        Self { shape, block_rows, bits, n_kept, columns, planes, lines }
+        Self { shape, block_rows, bits, n_kept, columns, planes }
     }
 
-    /// Calls `each` with the place and the input feature of all that a block keeps.
-    #[inline]
-    fn visit(&self, block: usize, mut each: impl FnMut(usize, usize)) {
-        let of_block = block * self.n_kept..(block + 1) * self.n_kept;
-        match &self.columns {
-            Columns::Short(columns) => {
-                let columns = columns[of_block].iter().enumerate();
-                columns.for_each(|(at, column)| each(at, usize::from(*column)));
-            }
-            Columns::Long(columns) => {
-                let columns = columns[of_block].iter().enumerate();
-                columns.for_each(|(at, column)| each(at, *column as usize));
-            }
-        }
+    /// The input features that a block keeps.
+    fn columns(&self, block: usize) -> &[u32] {
+        &self.columns[block * self.n_kept..(block + 1) * self.n_kept]
     }
 
     /// The products of the rows of a block with each row of `x`, into `out`,
@@ -117,6 +165,7 @@ impl Kept {
         &self,
         backend: Backend,
         block: usize,
+        (factors, offset): (&[f32], f32),
         x: MatrixRef<'_>,
         work: &mut Work,
         out: &mut [f32],
@@ -127,13 +176,11 @@ impl Kept {
         let Work { gathered, products, sums, ones } = work;
         gathered.resize(n * n_kept, 0.0);
         for (i, gathered) in gathered.chunks_mut(n_kept).enumerate() {
-            let x = x.row(i);
-            self.visit(block, |at, column| gathered[at] = x[column]);
+            let (x, columns) = (x.row(i), self.columns(block));
+            gathered.iter_mut().zip(columns).for_each(|(to, column)| *to = x[*column as usize]);
         }
-        let top = (1i64 << self.bits) - 1;
-        let lines = &self.lines[first..first + n_outs];
         sums.clear();
-        if lines.iter().any(|line| line.twice_zero != top) {
+        if offset != 0.0 {
             sums.extend(gathered.chunks(n_kept).map(|x| x.iter().sum::<f32>()));
         }
         products.clear();
@@ -153,35 +200,23 @@ impl Kept {
             unreachable!("the buffers were sized for the batch")
         };
         backend.add_low_bit(levels, x, &mut y);
-        #[allow(clippy::cast_precision_loss)]
-        for (r, (line, out)) in lines.iter().zip(out.chunks_mut(n)).enumerate() {
-            let offset = (top - line.twice_zero) as f32;
+        let factors = &factors[first..first + n_outs];
+        for (r, (factor, out)) in factors.iter().zip(out.chunks_mut(n)).enumerate() {
             for (i, out) in out.iter_mut().enumerate() {
                 let sum = sums.get(i).map_or(0.0, |sum| offset * sum);
-                *out = line.factor * (products[i * n_outs + r] + sum);
+                *out = factor * (products[i * n_outs + r] + sum);
             }
         }
     }
-}
 
-/// Buffers of a task.
-#[derive(Default)]
-struct Work {
-    /// `[n_rows, n_kept]`.
-    gathered: Vec<f32>,
-    /// `[n_rows, rows of a block]`.
-    products: Vec<f32>,
-    /// Of what is gathered, `[n_rows]`.
-    sums: Vec<f32>,
-    ones: Vec<bf16>,
-}
-
-impl crate::DeltaLinear for Kept {
-    fn shape(&self) -> [usize; 2] {
-        self.shape
-    }
-
-    fn add_to(&self, backend: Backend, x: MatrixRef<'_>, y: &mut MatrixMut<'_>) {
+    fn add_to(
+        &self,
+        backend: Backend,
+        factors: &[f32],
+        offset: f32,
+        x: MatrixRef<'_>,
+        y: &mut MatrixMut<'_>,
+    ) {
         let n_outs = self.shape[0];
         if n_outs == 0 || self.n_kept == 0 {
             return;
@@ -194,7 +229,8 @@ impl crate::DeltaLinear for Kept {
             let blocks_each = (TASK_MULTIPLY_ADDS / of_block).max(1);
             let task = |work: &mut Work, (task, out): (usize, &mut [f32])| {
                 for (i, out) in out.chunks_mut(self.block_rows * n).enumerate() {
-                    self.multiply(backend, task * blocks_each + i, x, work, out);
+                    let block = task * blocks_each + i;
+                    self.multiply(backend, block, (factors, offset), x, work, out);
                 }
             };
             let of_task = blocks_each * self.block_rows * n;
@@ -211,25 +247,27 @@ impl crate::DeltaLinear for Kept {
         }
     }
 
-    fn write_rows(&self, rows: Range<usize>, out: &mut [f32]) {
-        out.fill(0.0);
+    /// Calls `each` with all input features that a row keeps and their codes.
+    fn visit(&self, row: usize, mut each: impl FnMut(usize, u8)) {
         let plane = plane_bytes(self.n_kept);
-        for (row, out) in rows.zip(out.chunks_mut(self.shape[1].max(1))) {
-            let codes = &self.planes[row * self.bits * plane..(row + 1) * self.bits * plane];
-            self.visit(row / self.block_rows, |at, column| {
-                let planes = codes.chunks(plane).enumerate();
-                let code = planes
-                    .fold(0, |code, (bit, plane)| code | (plane[at / 8] >> (at % 8) & 1) << bit);
-                out[column] = self.lines[row].weight(code);
-            });
+        let codes = &self.planes[row * self.bits * plane..(row + 1) * self.bits * plane];
+        for (at, column) in self.columns(row / self.block_rows).iter().enumerate() {
+            let planes = codes.chunks(plane).enumerate();
+            let code =
+                planes.fold(0, |code, (bit, plane)| code | (plane[at / 8] >> (at % 8) & 1) << bit);
+            each(*column as usize, code);
         }
     }
+}
 
-    fn resident_bytes(&self) -> usize {
-        let columns = match &self.columns {
-            Columns::Short(columns) => size_of_val(columns.as_slice()),
-            Columns::Long(columns) => size_of_val(columns.as_slice()),
-        };
-        columns + self.planes.len() + size_of_val(self.lines.as_slice())
-    }
+/// Buffers of a task.
+#[derive(Default)]
+struct Work {
+    /// `[n_rows, n_kept]`.
+    gathered: Vec<f32>,
+    /// `[n_rows, rows of a block]`.
+    products: Vec<f32>,
+    /// Of what is gathered, `[n_rows]`.
+    sums: Vec<f32>,
+    ones: Vec<bf16>,
 }

@@ -4,7 +4,7 @@
 use half::bf16;
 use rayon::prelude::*;
 
-use crate::kept::Line;
+use crate::kept::Lines;
 use crate::kept_fit::{Block, Inputs, Target, Values};
 use crate::masks::{Masks, Share};
 use crate::source::read_finite;
@@ -73,9 +73,10 @@ impl Range {
         (f64::from(self.step) / 2.0, 2.0 * f64::from(self.zero))
     }
 
-    /// What it says of the codes of a row.
-    pub(crate) fn of_row(self) -> Line {
-        Line { factor: self.step / 2.0, twice_zero: 2 * i64::from(self.zero) }
+    /// What it says of the codes of so many rows.
+    pub(crate) fn lines(self, n_rows: usize) -> Lines {
+        let factors = vec![self.step / 2.0; n_rows];
+        Lines { factors, twice_zero: 2 * i64::from(self.zero) }
     }
 }
 

@@ -5,7 +5,8 @@
 //!
 //! **Batch invariance.** A product's element `y[row, out]` is always summed in
 //! the same order: lane `k mod 16` takes the terms of its `k` in ascending order
-//! and the lanes are added in one fixed tree. Neither the number of rows in the
+//! and the lanes are added in one fixed tree; where lanes are rows (`gathered`), terms
+//! are added by 32 in one. Neither the number of rows in the
 //! batch, nor the threads, nor the position in a tile changes a bit of it, so a
 //! row's result in a mixed batch equals its result alone. AVX2 and AVX-512 agree
 //! to the last bit; the portable code multiplies and adds in two roundings.
@@ -17,6 +18,7 @@ mod backend;
 mod dense;
 mod elementwise;
 mod fit;
+mod gathered;
 mod lowbit;
 pub mod naive;
 mod parallel;
@@ -32,6 +34,7 @@ mod x86_64;
 pub use attention::Attention;
 pub use backend::{Backend, ENV_OVERRIDE, UnavailableBackend};
 pub use elementwise::{add_assign, rms_norm, silu_mul};
+pub use gathered::Gathered;
 pub use lowbit::{Affine, LowBit, MAX_BITS};
 pub use sign::Sign;
 pub use vector::{LANES, plane_bytes};

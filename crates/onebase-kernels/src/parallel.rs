@@ -51,14 +51,33 @@ pub(crate) fn for_each_task(
     multiply_adds: usize,
     task: impl Fn(Range<usize>) + Sync,
 ) {
+    split::<8>(out_features, row_bytes, multiply_adds, task);
+}
+
+/// [`for_each_task`] over blocks of output features, which may start anywhere.
+pub(crate) fn for_each_block(
+    n_blocks: usize,
+    block_bytes: usize,
+    multiply_adds: usize,
+    task: impl Fn(Range<usize>) + Sync,
+) {
+    split::<1>(n_blocks, block_bytes, multiply_adds, task);
+}
+
+fn split<const MULTIPLE: usize>(
+    n: usize,
+    bytes_each: usize,
+    multiply_adds: usize,
+    task: impl Fn(Range<usize>) + Sync,
+) {
     if multiply_adds < WORTH_A_THREAD || rayon::current_num_threads() == 1 {
-        task(0..out_features);
+        task(0..n);
         return;
     }
-    let by_bytes = TASK_BYTES / row_bytes.max(1);
-    let by_work = TASK_MULTIPLY_ADDS / (multiply_adds / out_features.max(1)).max(1);
-    let per_task = by_bytes.min(by_work).clamp(8, 1 << 12).next_multiple_of(8);
-    (0..out_features.div_ceil(per_task))
+    let by_bytes = TASK_BYTES / bytes_each.max(1);
+    let by_work = TASK_MULTIPLY_ADDS / (multiply_adds / n.max(1)).max(1);
+    let per_task = by_bytes.min(by_work).clamp(MULTIPLE, 1 << 12).next_multiple_of(MULTIPLE);
+    (0..n.div_ceil(per_task))
         .into_par_iter()
-        .for_each(|i| task(i * per_task..out_features.min((i + 1) * per_task)));
+        .for_each(|i| task(i * per_task..n.min((i + 1) * per_task)));
 }

@@ -2,7 +2,7 @@ use half::{bf16, f16};
 use onebase_tensor::{MatrixMut, MatrixRef, WeightRef, stream};
 use rand::RngExt;
 
-use crate::{Affine, Attention, Backend, LowBit, Sign, naive, plane_bytes};
+use crate::{Affine, Attention, Backend, Gathered, LowBit, Sign, naive, plane_bytes};
 
 /// Shapes around every tile and tail: (out_features, in_features).
 const SHAPES: [(usize, usize); 11] = [
@@ -220,6 +220,88 @@ fn affine_equals_the_oracle_for_every_width() {
                 let (shape, slack) = ((out_features, in_features), eps(in_features));
                 check_terms(&decoded, &terms, shape, slack, |b, x, y| b.add_affine(delta, x, y));
             }
+        }
+    }
+}
+
+#[test]
+fn gathered_equals_the_oracle_and_is_the_same_on_every_backend() {
+    for (out_features, in_features) in SHAPES {
+        for (block_rows, kept, of) in [(1, 1, 3), (16, 1, 1), (64, 1, 2), (50, 1, 9), (256, 1, 4)] {
+            let bits = 1 + (out_features + block_rows) % 4;
+            let n_kept = (in_features * kept).div_ceil(of);
+            let n_blocks = out_features.div_ceil(block_rows);
+            let mut rng = stream(7, "gathered", 0);
+            let mut columns: Vec<u32> = Vec::new();
+            for _ in 0..n_blocks {
+                // A run of neighbours with a stride, anywhere.
+                let first = rng.random_range(0..=(in_features - n_kept.min(in_features)));
+                columns.extend((0..n_kept).map(|i| (first + i) as u32));
+            }
+            let codes: Vec<u8> =
+                (0..out_features * n_kept).map(|_| rng.random::<u8>() >> (8 - bits)).collect();
+            let shape = [out_features, in_features];
+            let each = codes.iter().copied();
+            let delta = Gathered::new(shape, block_rows, bits, columns.clone(), each);
+            let factor = random("factor", out_features);
+            for offset in [0.0, -3.0] {
+                let mut decoded = vec![0.0; out_features * in_features];
+                let mut terms = decoded.clone();
+                for out in 0..out_features {
+                    let mut index = 0;
+                    delta.visit(out, |column, code| {
+                        assert_eq!(column, columns[out / block_rows * n_kept + index] as usize);
+                        assert_eq!(code, codes[out * n_kept + index]);
+                        index += 1;
+                        let level = 2.0 * f32::from(code) - f32::from(u8::MAX >> (8 - bits));
+                        let at = out * in_features + column;
+                        decoded[at] = factor[out] * (level + offset);
+                        terms[at] = factor[out] * (level.abs() + offset.abs());
+                    });
+                    assert_eq!(index, n_kept);
+                }
+                let product = |b: Backend, x: MatrixRef<'_>, y: &mut MatrixMut<'_>| {
+                    b.add_gathered(&delta, &factor, offset, x, y);
+                };
+                // Terms of a code are added for each of its bits.
+                let slack = eps(in_features);
+                check_terms(&decoded, &terms, (out_features, in_features), slack, product);
+                let x = random("x", 3 * in_features);
+                let x = MatrixRef::new(&x, 3, in_features).unwrap();
+                let on = |backend| {
+                    let mut y = vec![0.5; 3 * out_features];
+                    product(backend, x, &mut MatrixMut::new(&mut y, 3, out_features).unwrap());
+                    y
+                };
+                let [first, rest @ ..] = &Backend::available()[..] else { unreachable!() };
+                rest.iter().for_each(|backend| assert_eq!(on(*backend), on(*first)));
+            }
+        }
+    }
+}
+
+/// Columns that need more than two bytes.
+#[test]
+fn gathered_reads_wide_rows() {
+    let n = (1 << 16) + 5;
+    let columns: Vec<u32> = (0..40).map(|i| n - 1 - 1600 * i).rev().collect();
+    let codes = (0..20 * 40u32).map(|i| (i * 7 % 4) as u8);
+    let delta = Gathered::new([20, n as usize], 20, 2, columns, codes);
+    let x: Vec<f32> = (0..n).map(|i| (i % 13) as f32).collect();
+    for backend in Backend::available() {
+        let mut y = vec![0.0; 20];
+        let x = MatrixRef::new(&x, 1, n as usize).unwrap();
+        backend.add_gathered(
+            &delta,
+            &[1.0; 20],
+            3.0,
+            x,
+            &mut MatrixMut::new(&mut y, 1, 20).unwrap(),
+        );
+        for (row, y) in y.iter().enumerate() {
+            let mut want = 0.0;
+            delta.visit(row, |column, code| want += 2.0 * f32::from(code) * (column % 13) as f32);
+            assert_eq!(*y, want);
         }
     }
 }

@@ -38,6 +38,10 @@ pub(crate) trait Lanes: Copy {
     unsafe fn positive(self) -> u16;
     /// The sum of the lanes: `i` and `i + 8`, then `i + 4`, `i + 2`, `i + 1`.
     unsafe fn sum(self) -> f32;
+    /// Lane `i` is the sum of one lane of each table: four bits of word `i` say which, the
+    /// lowest those of the first table. Neighbours are added first, then their sums. `words` must be
+    /// readable for sixteen.
+    unsafe fn choose(tables: &[Self; 8], words: *const u32) -> Self;
 }
 
 /// One vector of each of `B` rows that are `stride` apart.
@@ -191,5 +195,15 @@ impl Lanes for Portable {
             }
         }
         lanes[0]
+    }
+
+    #[inline(always)]
+    unsafe fn choose(tables: &[Self; 8], words: *const u32) -> Self {
+        // SAFETY: readable for sixteen words by the trait's contract.
+        let words = unsafe { words.cast::<[u32; LANES]>().read_unaligned() };
+        Self(words.map(|word| {
+            let at = |table: usize| tables[table].0[(word >> (4 * table) & 15) as usize];
+            ((at(0) + at(1)) + (at(2) + at(3))) + ((at(4) + at(5)) + (at(6) + at(7)))
+        }))
     }
 }

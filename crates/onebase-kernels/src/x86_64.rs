@@ -1,15 +1,17 @@
 //! The lanes in two AVX2 registers and in one AVX-512 register.
 
 use std::arch::x86_64::{
-    __m256, __m512, _CMP_GT_OQ, _MM_HINT_T0, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32,
+    __m256, __m256i, __m512, _CMP_GT_OQ, _MM_HINT_T0, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32,
     _mm_loadu_si128, _mm_movehl_ps, _mm_prefetch, _mm_shuffle_ps, _mm256_add_ps, _mm256_and_ps,
-    _mm256_and_si256, _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_cmp_ps,
+    _mm256_and_si256, _mm256_blendv_ps, _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_cmp_ps,
     _mm256_cmpeq_epi32, _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_extractf128_ps,
-    _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_movemask_ps, _mm256_set1_epi32,
-    _mm256_set1_ps, _mm256_setr_epi32, _mm256_setzero_ps, _mm256_slli_epi32, _mm256_storeu_ps,
+    _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_movemask_ps,
+    _mm256_permutevar8x32_ps, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setr_epi32,
+    _mm256_setzero_ps, _mm256_slli_epi32, _mm256_srli_epi32, _mm256_storeu_ps, _mm512_add_ps,
     _mm512_castps512_ps256, _mm512_castsi512_ps, _mm512_cmp_ps_mask, _mm512_cvtepu16_epi32,
-    _mm512_cvtph_ps, _mm512_extractf32x8_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_add_ps,
-    _mm512_set1_ps, _mm512_setzero_ps, _mm512_slli_epi32, _mm512_storeu_ps,
+    _mm512_cvtph_ps, _mm512_extractf32x8_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512,
+    _mm512_mask_add_ps, _mm512_permutexvar_ps, _mm512_set1_ps, _mm512_setzero_ps,
+    _mm512_slli_epi32, _mm512_srli_epi32, _mm512_storeu_ps,
 };
 
 use half::{bf16, f16};
@@ -163,6 +165,35 @@ impl Lanes for Avx2 {
     unsafe fn sum(self) -> f32 {
         unsafe { sum8(_mm256_add_ps(self.0, self.1)) }
     }
+
+    #[inline(always)]
+    unsafe fn choose(tables: &[Self; 8], words: *const u32) -> Self {
+        unsafe {
+            let half = |words: __m256i| {
+                // The three low bits of four choose in either half of a table, the fourth the
+                // half, from where the sign of a float is.
+                macro_rules! at {
+                    ($table:literal) => {{
+                        let index = _mm256_srli_epi32::<{ 4 * $table }>(words);
+                        let table = &tables[$table];
+                        let low = _mm256_permutevar8x32_ps(table.0, index);
+                        let high = _mm256_permutevar8x32_ps(table.1, index);
+                        let which = _mm256_slli_epi32::<{ 28 - 4 * $table }>(words);
+                        _mm256_blendv_ps(low, high, _mm256_castsi256_ps(which))
+                    }};
+                }
+                let first =
+                    _mm256_add_ps(_mm256_add_ps(at!(0), at!(1)), _mm256_add_ps(at!(2), at!(3)));
+                let last =
+                    _mm256_add_ps(_mm256_add_ps(at!(4), at!(5)), _mm256_add_ps(at!(6), at!(7)));
+                _mm256_add_ps(first, last)
+            };
+            Self(
+                half(_mm256_loadu_si256(words.cast())),
+                half(_mm256_loadu_si256(words.add(LANES / 2).cast())),
+            )
+        }
+    }
 }
 
 /// One register of sixteen.
@@ -227,6 +258,24 @@ impl Lanes for Avx512 {
         unsafe {
             let high = _mm512_extractf32x8_ps::<1>(self.0);
             sum8(_mm256_add_ps(_mm512_castps512_ps256(self.0), high))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn choose(tables: &[Self; 8], words: *const u32) -> Self {
+        unsafe {
+            let words = _mm512_loadu_si512(words.cast());
+            macro_rules! at {
+                ($table:literal) => {
+                    _mm512_permutexvar_ps(
+                        _mm512_srli_epi32::<{ 4 * $table }>(words),
+                        tables[$table].0,
+                    )
+                };
+            }
+            let first = _mm512_add_ps(_mm512_add_ps(at!(0), at!(1)), _mm512_add_ps(at!(2), at!(3)));
+            let last = _mm512_add_ps(_mm512_add_ps(at!(4), at!(5)), _mm512_add_ps(at!(6), at!(7)));
+            Self(_mm512_add_ps(first, last))
         }
     }
 }

@@ -34,7 +34,7 @@ use rayon::prelude::*;
 
 use crate::codec::DeltaLinear;
 use crate::entropy::{compress, decompress, pack, packed_bytes, unpack};
-use crate::kept::{Kept, Line};
+use crate::kept::{Kept, Lines};
 use crate::kept_encoder::{Choice, Encoder, Grid, Range};
 use crate::kept_fit::{Inputs, Values};
 use crate::masks::{GENERATOR, Share, key_of};
@@ -462,14 +462,14 @@ impl<'a> Plan<'a> {
                 let step = parts.take_f32("step", &[1])?[0];
                 let zero = parts.take_u8("zero", &[4])?;
                 let zero = i32::from_le_bytes([zero[0], zero[1], zero[2], zero[3]]);
-                vec![Range { step, zero }.of_row(); n_rows]
+                Range { step, zero }.lines(n_rows)
             }
             grid => {
                 let share = if grid == Grid::Row { 1 } else { self.block_rows };
                 let scale = parts.take_bf16("scale", &[n_rows.div_ceil(share)])?;
                 let twice_zero = (1i64 << choice.bits) - 1;
-                let of_row = |row: usize| Line { factor: scale[row / share].to_f32(), twice_zero };
-                (0..n_rows).map(of_row).collect()
+                let of_row = |row: usize| scale[row / share].to_f32();
+                Lines { factors: (0..n_rows).map(of_row).collect(), twice_zero }
             }
         };
         if let Some(n_parts) = self.n_parts {
