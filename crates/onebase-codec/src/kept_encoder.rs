@@ -5,7 +5,7 @@ use half::bf16;
 use rayon::prelude::*;
 
 use crate::kept::Lines;
-use crate::kept_fit::{Block, Inputs, Target, Values};
+use crate::kept_fit::{Block, Descent, Inputs, Target, Values};
 use crate::masks::{Masks, Share};
 use crate::source::read_finite;
 use crate::{DeltaSource, Error, Result};
@@ -88,6 +88,8 @@ pub(crate) struct Encoder<'a> {
     pub(crate) block_rows: usize,
     /// Masks that are tried for each block.
     pub(crate) seeds: usize,
+    /// Times that codes are fitted to each other one by one, at most.
+    pub(crate) sweeps: usize,
     pub(crate) values: Values,
     pub(crate) delta: &'a dyn DeltaSource,
     pub(crate) inputs: Option<&'a Inputs<'a>>,
@@ -157,8 +159,15 @@ impl Encoder<'_> {
                 let (codes, error) = target.round_all(choice.bits, line);
                 (Vec::new(), codes, error)
             }
-            (Grid::Block, _) => target.fit(choice.bits, self.block_rows),
-            _ => target.fit(choice.bits, 1),
+            (grid, _) => {
+                let share = if grid == Grid::Block { self.block_rows } else { 1 };
+                let mut columns = Vec::new();
+                let masks = choice.masks(self.key, self.shape[1]);
+                masks.columns(block, candidate.into(), &mut columns);
+                let (columns, sweeps) = (&*columns, self.sweeps);
+                let descent = self.inputs.map(|inputs| Descent { inputs, columns, sweeps });
+                target.fit(choice.bits, share, descent)
+            }
         };
         Ok(Coded { candidate, codes, scales, error })
     }

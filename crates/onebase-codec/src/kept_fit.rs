@@ -93,11 +93,29 @@ impl<'a> Inputs<'a> {
         }
     }
 
+    /// What is known of some input features, `[n, n]`.
+    #[allow(clippy::cast_possible_truncation)]
+    fn of(&self, columns: &[u32]) -> Vec<f32> {
+        let of_row = |i: usize| columns.iter().map(move |j| self.at(i, *j as usize) as f32);
+        columns.iter().flat_map(|i| of_row(*i as usize)).collect()
+    }
+
     /// Bytes that a block of so many rows which keep so many input features takes.
     pub(crate) fn block_bytes(n_rows: usize, n_cols: usize, n_kept: usize) -> usize {
-        // Two factors and the memory to make one; products of all rows, and of what is kept.
+        // Two factors and the memory to make one, or what they are of; products of all rows, and
+        // of what is kept.
         3 * size_of::<f64>() * n_kept * n_kept + n_rows * (n_cols + 8 * n_kept) * size_of::<f64>()
     }
+}
+
+/// How codes are fitted to each other one by one.
+#[derive(Clone, Copy)]
+pub(crate) struct Descent<'a> {
+    pub(crate) inputs: &'a Inputs<'a>,
+    /// The input features that are kept.
+    pub(crate) columns: &'a [u32],
+    /// Times, at most.
+    pub(crate) sweeps: usize,
 }
 
 /// Rows of a delta that keep the same input features.
@@ -305,13 +323,21 @@ impl Target {
     ///
     /// A scale begins as what is best for rounding to the nearest, and is fitted to the outputs
     /// of the codes in turn with them.
-    pub(crate) fn fit(&self, bits: usize, share: usize) -> (Vec<bf16>, Vec<u8>, f64) {
+    /// Where there is a descent, codes are then fitted to each other one by one.
+    pub(crate) fn fit(
+        &self,
+        bits: usize,
+        share: usize,
+        descent: Option<Descent<'_>>,
+    ) -> (Vec<bf16>, Vec<u8>, f64) {
         let n = self.n_kept;
         let n_rows = self.powers.len();
         let zero = f64::from((1u32 << bits) - 1);
         let mut codes = vec![0; self.values.len()];
         let (mut scales, mut total) = (Vec::new(), 0.0);
         let mut levels = vec![0.0; n];
+        let descent = descent.filter(|descent| self.carries && descent.sweeps > 0);
+        let moment = descent.map(|descent| descent.inputs.of(descent.columns));
         for first in (0..n_rows).step_by(share) {
             let rows = first..n_rows.min(first + share);
             let own = &self.values[rows.start * n..rows.end * n];
@@ -365,6 +391,14 @@ impl Target {
                 }
                 scale = next;
             }
+            if let (Some(best), Some(moment)) = (&mut best, &moment) {
+                for _ in 0..descent.map_or(0, |descent| descent.sweeps) {
+                    match self.descend(rows.clone(), bits, moment, (best.0, &best.1)) {
+                        Some(better) if better.2 < best.2 => *best = better,
+                        _ => break,
+                    }
+                }
+            }
             if let Some((scale, tried, _, error)) = best {
                 codes[rows.start * n..rows.end * n].copy_from_slice(&tried);
                 scales.push(scale);
@@ -373,6 +407,75 @@ impl Target {
         }
         (scales, codes, total)
     }
+}
+
+impl Target {
+    /// Moves each code of some rows with one scale, twice, to the level with which the outputs
+    /// are nearest those of the values, given the other codes; then fits the scale. Scale,
+    /// codes, and what is lost, as [`Target::fit`] compares it; `None` where codes stand for
+    /// nothing.
+    fn descend(
+        &self,
+        rows: std::ops::Range<usize>,
+        bits: usize,
+        moment: &[f32],
+        (scale, codes): (bf16, &[u8]),
+    ) -> Option<(bf16, Vec<u8>, f64, f64)> {
+        let n = self.n_kept.max(1);
+        let top = f64::from((1u32 << bits) - 1);
+        let level = |code: u8| 2.0 * f64::from(code) - top;
+        let mut levels: Vec<f64> = codes.iter().map(|code| level(*code)).collect();
+        let sums = |levels: &[f64]| {
+            let of_rows = rows.clone().zip(levels.chunks(n));
+            of_rows.fold((0.0, 0.0), |(up, down), (row, levels)| {
+                let along = dot(levels, &self.products[row * n..(row + 1) * n]);
+                (up + along, down + self.square(levels))
+            })
+        };
+        let scale = f64::from(scale.to_f32());
+        if scale == 0.0 {
+            return None;
+        }
+        // What the outputs of the values are over those of the levels, in steps of the scale.
+        let mut left = vec![0.0; n];
+        for (row, levels) in rows.clone().zip(levels.chunks_mut(n)) {
+            let values = &self.values[row * n..(row + 1) * n];
+            left.fill(0.0);
+            for ((own, value), moment) in levels.iter().zip(values).zip(moment.chunks(n)) {
+                take(&mut left, own - value / scale, moment);
+            }
+            for i in (0..n).chain(0..n) {
+                let of_input = &moment[i * n..(i + 1) * n];
+                let best = levels[i] + left[i] / f64::from(of_input[i]);
+                let best = 2.0 * ((best + top) / 2.0).round().clamp(0.0, top) - top;
+                let moved = best - levels[i];
+                if moved != 0.0 {
+                    take(&mut left, moved, of_input);
+                    levels[i] = best;
+                }
+            }
+        }
+        let (up, down) = sums(&levels);
+        if up <= 0.0 || down <= 0.0 {
+            return None;
+        }
+        let power: f64 = self.powers[rows].iter().sum();
+        let factor = if self.unbiased { power / up } else { up / down };
+        #[allow(clippy::cast_possible_truncation)]
+        let scale = saturating_bf16(factor as f32);
+        let wide = f64::from(scale.to_f32());
+        let error = power - 2.0 * wide * up + wide * wide * down;
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+        let codes = levels.iter().map(|level| ((level + top) / 2.0) as u8).collect();
+        // What `fit` compares where outputs keep their size.
+        let lost = if self.unbiased { factor * factor * down - power } else { error };
+        Some((scale, codes, lost, lost))
+    }
+}
+
+/// Takes so many times a row off what is left.
+fn take(left: &mut [f64], times: f64, row: &[f32]) {
+    left.iter_mut().zip(row).for_each(|(left, h)| *left -= times * f64::from(*h));
 }
 
 /// Times that codes and scale are fitted to each other.

@@ -111,6 +111,13 @@ fn claimed_and_true_ratios() {
         encode("values=rescaled,grid=range,rows=1,seeds=1,alpha=8,code_bits=4", &data, shape);
     // Codes of a bell curve between extremes take less than their four bits.
     assert!(16.0 / bits(&seeded) > 40.0, "{}", 16.0 / bits(&seeded));
+    // A share of a twentieth in codes of four bits, without what tells where it stands.
+    let twentieth = spec(&format!("{PUBLISHED},alpha=20,code_bits=4,parts=1"));
+    let delta = twentieth.encode(&MatrixRef::new(&data, rows, cols).unwrap()).unwrap();
+    let claimed = 16.0 / twentieth.claimed_bits(shape, &delta.part_shapes());
+    assert!((claimed / 80.0 - 1.0).abs() < 0.01, "{claimed}");
+    // With the least that this takes, the entropy of the mask, it could be 33.
+    assert!(16.0 / bits(&delta) < 16.0 / (0.05 * 4.0 + 0.2864), "{}", bits(&delta));
     let all = spec("alpha=8,code_bits=4,parts=16,storage=indexed");
     let delta = all.encode(&MatrixRef::new(&data, rows, cols).unwrap()).unwrap();
     assert_eq!(all.claimed_bits(shape, &delta.part_shapes()), 0.0);
@@ -159,6 +166,12 @@ fn statistics_lower_the_error_of_outputs_step_by_step() {
     assert!(scaled < 0.5 * published && scaled < levels, "{published} {levels} {scaled}");
     assert!(seeds < scaled && solved < scaled && both < solved, "{seeds} {solved} {both}");
     assert!(both < unbiased && unbiased < 1.3 * both, "{unbiased} {both}");
+    let coarse = "alpha=2,code_bits=1,ridge=0.01,grid=block,rows=16,seeds=1";
+    for values in ["solved", "unbiased"] {
+        let of = |sweeps| error(&format!("{coarse},values={values},sweeps={sweeps}"));
+        let [none, some] = [of(0), of(4)];
+        assert!(some < 0.97 * none, "{values}: {none} {some}");
+    }
 }
 
 #[test]

@@ -302,7 +302,7 @@ fn larger_vocabulary(family: &str, codec: &str) {
 #[test]
 fn a_larger_vocabulary_is_served_and_restored() {
     for family in ["llama_tied_gqa", "qwen3", "qwen2_tied", "llama_f16"] {
-        for codec in ["dense", "dense exact", "rtn", "sign", "sign:scale=matrix exact"] {
+        for codec in ["dense", "dense exact", "rtn", "deltadq", "sign", "sign:scale=matrix exact"] {
             larger_vocabulary(family, codec);
         }
     }

@@ -21,6 +21,8 @@
 //!   each row that changes the outputs least.
 //! - `grid`: levels of least squared error with a scale for each row or block, in place of a
 //!   range between extremes.
+//! - `sweeps`: after that each code is moved in turn to where the error of the outputs is least
+//!   given all others.
 //! - `rows`: so many rows share a mask, so that the inputs they read are gathered once.
 //! - `seeds`: masks that are tried for each block; the best is kept.
 //!
@@ -124,6 +126,11 @@ impl Codec for DeltaDq {
                 name: "seeds",
                 doc: "masks tried for each block, of which the best is taken",
                 kind: Kind::Int { min: 1, max: 256, multiple_of: 1, default: 4 },
+            },
+            OptionSpec {
+                name: "sweeps",
+                doc: "times that codes are moved one by one to fit the outputs, with statistics",
+                kind: Kind::Int { min: 0, max: 64, multiple_of: 1, default: 4 },
             },
             OptionSpec {
                 name: "ridge",
@@ -371,7 +378,8 @@ impl<'a> Plan<'a> {
         let first = read_finite(delta, 0..n_rows.min(1))?;
         let key = key_of(self.options.int("seed") as u64, &first);
         let Self { shape, block_rows, seeds, values, .. } = *self;
-        let encoder = Encoder { shape, block_rows, seeds, values, delta, inputs, key };
+        let sweeps = self.options.int("sweeps");
+        let encoder = Encoder { shape, block_rows, seeds, sweeps, values, delta, inputs, key };
         let candidates = self.candidates();
         candidates.iter().try_for_each(|choice| self.check(choice))?;
         let choice = encoder.choose(candidates, self.options.int("group_size") == 0)?;
