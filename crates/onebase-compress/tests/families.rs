@@ -349,12 +349,34 @@ fn a_family_is_rebuilt_from_its_originals_alone() {
     assert!(contents(anew.dir()) == rebuilt);
 }
 
+/// A process that is killed while it puts a tenant in the place of another leaves one of them.
+#[test]
+fn what_an_interrupted_change_has_left_is_put_right() {
+    let place = Place::new("llama_tied_gqa");
+    let family = place.build(&["first", "other"]);
+    let before = contents(family.dir());
+    let tenants = family.dir().join("tenants");
+    std::fs::rename(tenants.join("first"), tenants.join(".first.replaced")).unwrap();
+    std::fs::create_dir(tenants.join(".other.removed")).unwrap();
+    std::fs::write(family.dir().join("nodes/.0.partial"), b"half").unwrap();
+    drop(family.change().unwrap());
+    assert!(contents(family.dir()) == before);
+    std::fs::create_dir(tenants.join(".first.replaced")).unwrap();
+    drop(family.change().unwrap());
+    assert!(contents(family.dir()) == before && !tenants.join(".first.replaced").exists());
+    let busy = family.change().unwrap();
+    assert!(matches!(family.change(), Err(FormatError::Busy { .. })));
+    drop(busy);
+    assert!(matches!(family.tenant_folder(".hidden"), Err(FormatError::UnsafeName { .. })));
+    assert!(matches!(family.tenant("../tenants"), Err(FormatError::UnsafeName { .. })));
+}
+
 #[test]
 fn a_missing_or_altered_node_is_said_with_whom_it_affects() {
     let place = Place::new("llama_tied_gqa");
     let family = place.build(&["first", "other", "later"]);
     let report = family_report(&family, None).unwrap();
-    let node = family.node_path(report.nodes[0].blake3.parse().unwrap());
+    let node = family.node_path(report.nodes[0].blake3);
     let good = std::fs::read(&node).unwrap();
     let affected = |error: FormatError, what: &str| {
         let FormatError::Node { tenants, problem, .. } = &error else { panic!("{error}") };

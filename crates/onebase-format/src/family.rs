@@ -33,6 +33,9 @@ pub const FAMILY_FORMAT: &str = "onebase-family";
 /// The newest version of the format that this program reads, and the one that it writes.
 pub const FAMILY_VERSION: u32 = 1;
 
+/// How the name ends of a tenant's folder that makes room for another.
+const REPLACED: &str = ".replaced";
+
 /// What a family says of itself. What its tenants are is said by the folder of tenants.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct FamilyManifest {
@@ -49,7 +52,7 @@ pub struct FamilyManifest {
     /// How much the fine-tunes had in common when the tree was built.
     pub similarity: Similarity,
     /// What is known of the nodes, by digest.
-    pub nodes: BTreeMap<String, NodeRecord>,
+    pub nodes: BTreeMap<Digest, NodeRecord>,
 }
 
 /// Cosines of the deltas of several fine-tunes.
@@ -124,9 +127,7 @@ impl Family {
     /// # Errors
     /// When the name is no file name.
     pub fn tenant_folder(&self, name: &str) -> Result<PathBuf> {
-        let folder = self.dir.join(TENANTS_FOLDER);
-        let name = plain_name(&folder, name)?;
-        Ok(folder.join(name))
+        tenant_folder(&self.dir, name)
     }
 
     /// A tenant's artifact.
@@ -156,8 +157,16 @@ impl Family {
         let change = FamilyChange { family: self, _lock: Lock::take(&self.dir, &self.dir)? };
         for folder in [TENANTS_FOLDER, NODES_FOLDER] {
             for path in entries(&self.dir.join(folder))? {
-                if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.')) {
-                    remove(&path)?;
+                let name = path.file_name().map(|name| name.to_string_lossy().into_owned());
+                let Some(rest) = name.as_deref().and_then(|name| name.strip_prefix('.')) else {
+                    continue;
+                };
+                match rest.strip_suffix(REPLACED) {
+                    // Nobody came into its place.
+                    Some(tenant) if !path.with_file_name(tenant).exists() => {
+                        rename(&path, &path.with_file_name(tenant))?;
+                    }
+                    _ => remove(&path)?,
                 }
             }
         }
@@ -235,7 +244,7 @@ impl FamilyChange<'_> {
     /// When it cannot be renamed.
     pub fn put_tenant(&self, name: &str, from: &Path) -> Result<()> {
         let folder = self.family.tenant_folder(name)?;
-        let gone = folder.with_file_name(format!(".{name}.removed"));
+        let gone = folder.with_file_name(format!(".{name}{REPLACED}"));
         let is_there = folder.exists();
         if is_there {
             rename(&folder, &gone)?;
@@ -277,6 +286,19 @@ pub fn write_family(dir: &Path, manifest: &FamilyManifest) -> Result<()> {
     let text = serde_json::to_string_pretty(manifest)
         .map_err(|source| Error::Json { path: path.clone(), source })?;
     write_file(&path, format!("{text}\n").as_bytes())
+}
+
+/// Where the artifact of a tenant of the family in a folder is.
+///
+/// # Errors
+/// When the name is no file name, or begins with a dot.
+pub fn tenant_folder(dir: &Path, name: &str) -> Result<PathBuf> {
+    let folder = dir.join(TENANTS_FOLDER);
+    if name.starts_with('.') {
+        return Err(Error::UnsafeName { path: folder, name: name.to_owned() });
+    }
+    let name = plain_name(&folder, name)?;
+    Ok(folder.join(name))
 }
 
 /// The file name of a node.

@@ -98,7 +98,7 @@ pub fn add_to_family(
         let bits =
             bits.zip(leaf.as_ref()).map_or(0.0, |(bits, leaf)| leaf.options().int(bits) as f64);
         let errors = BTreeMap::from([(member.name.clone(), error)]);
-        manifest.nodes.insert(blake3.to_string(), NodeRecord { bits, errors });
+        manifest.nodes.insert(blake3, NodeRecord { bits, errors });
     }
     adding.write(&nodes, &records, leaf.as_ref(), &sites, tables, vectors, &folder)?;
     change.set_manifest(&manifest)?;

@@ -9,7 +9,7 @@ use onebase_format::artifact::{
 };
 use onebase_format::family::{
     FAMILY_FORMAT, FAMILY_VERSION, FamilyManifest, NODES_FOLDER, NodeRecord, TENANTS_FOLDER,
-    node_name, write_family,
+    node_name, tenant_folder, write_family,
 };
 use onebase_format::{Digest, StagedFolder, TensorWriter};
 use onebase_tensor::EncodedDelta;
@@ -53,7 +53,7 @@ pub fn build_family(
     let specs = first.pair.specs();
     let folder = StagedFolder::create(target)?;
     let nodes_folder = folder.create_folder(NODES_FOLDER)?;
-    let tenants_folder = folder.create_folder(TENANTS_FOLDER)?;
+    folder.create_folder(TENANTS_FOLDER)?;
     let mut files = Vec::new();
     for node in 0..plan.nodes.len() {
         let path = nodes_folder.join(format!(".{node}.partial"));
@@ -98,7 +98,7 @@ pub fn build_family(
     for (at, (member, gains)) in members.iter().zip(&gains).enumerate() {
         progress.tensor(&member.name);
         let tenant = Tenant { plan, at, member, bases: &bases, gains };
-        tenant.write(&records, &tenants_folder.join(&member.name), progress)?;
+        tenant.write(&records, &tenant_folder(&folder.path(""), &member.name)?, progress)?;
     }
     let base = BaseRecord::new(&first.pair.base().name(), names.into_iter().zip(bases));
     let manifest = FamilyManifest {
@@ -286,7 +286,7 @@ impl Errors {
         members: &[Member],
         relatives: &Relatives,
         files: &[FileRecord],
-    ) -> BTreeMap<String, NodeRecord> {
+    ) -> BTreeMap<Digest, NodeRecord> {
         let mut records = BTreeMap::new();
         for (node, (sums, file)) in self.sums.into_iter().zip(files).enumerate() {
             let mut bits = 0.0;
@@ -300,7 +300,7 @@ impl Errors {
             };
             let errors = sums.into_iter().map(relative).collect();
             let bits = bits / relatives.n_weights().max(1) as f64;
-            records.insert(file.blake3.to_string(), NodeRecord { bits, errors });
+            records.insert(file.blake3, NodeRecord { bits, errors });
         }
         records
     }

@@ -1,8 +1,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
-use onebase_format::Checkpoint;
 use onebase_format::artifact::Artifact;
 use onebase_format::family::Family;
+use onebase_format::{Checkpoint, Digest};
 use serde::Serialize;
 
 use crate::{Progress, Result, Verified, verify};
@@ -29,7 +29,7 @@ pub struct FamilyReport {
 #[derive(Clone, Debug, Serialize)]
 pub struct NodeReport {
     /// Its digest.
-    pub blake3: String,
+    pub blake3: Digest,
     /// Bytes of its file.
     pub bytes: u64,
     /// Bits of its codes, a mean over all linear sites, where known.
@@ -46,7 +46,7 @@ pub struct TenantReport {
     /// Its name.
     pub name: String,
     /// Digests of the nodes on its path, as they are added.
-    pub nodes: Vec<String>,
+    pub nodes: Vec<Digest>,
     /// Bits of what is read for it alone.
     pub path_bpw: f64,
     /// Bits of what nobody else has.
@@ -68,10 +68,10 @@ pub fn family_report(family: &Family, base: Option<f64>) -> Result<FamilyReport>
         let artifact = family.tenant(&name)?;
         artifacts.push((name, artifact));
     }
-    let mut users: BTreeMap<String, (u64, Vec<String>)> = BTreeMap::new();
+    let mut users: BTreeMap<Digest, (u64, Vec<String>)> = BTreeMap::new();
     for (name, artifact) in &artifacts {
         for node in &artifact.manifest().nodes {
-            let entry = users.entry(node.blake3.to_string()).or_insert((node.bytes, Vec::new()));
+            let entry = users.entry(node.blake3).or_insert((node.bytes, Vec::new()));
             entry.1.push(name.clone());
         }
     }
@@ -87,9 +87,9 @@ pub fn family_report(family: &Family, base: Option<f64>) -> Result<FamilyReport>
         let on_way: u64 = manifest.nodes.iter().map(|node| node.bytes).sum();
         let own_linear = sizes.linear_bytes - on_way;
         let weights = sizes.n_weights_linear.max(1);
-        let nodes: Vec<String> = manifest.nodes.iter().map(|n| n.blake3.to_string()).collect();
+        let nodes: Vec<Digest> = manifest.nodes.iter().map(|node| node.blake3).collect();
         let bits = |bytes: f64| 8.0 * bytes / weights as f64;
-        let distinct: BTreeSet<&String> = nodes.iter().collect();
+        let distinct: BTreeSet<&Digest> = nodes.iter().collect();
         let (mut marginal, mut attributed) = (own_linear as f64, own_linear as f64);
         for node in distinct {
             let Some((bytes, names)) = users.get(node) else { continue };

@@ -12,8 +12,8 @@ use onebase_compress::{
     Budget, FamilyOptions, FamilyPlans, FamilyReport, Member, NodeReport, Relatives, add_to_family,
     build_family, check_originals, family_report, open_members, rebuild_family, verify_family,
 };
-use onebase_format::Checkpoint;
 use onebase_format::family::{Family, Similarity};
+use onebase_format::{Checkpoint, Digest};
 use serde_json::{Value, json};
 
 use crate::args::{
@@ -369,8 +369,8 @@ impl std::fmt::Display for CodecText<'_> {
 
 /// The paths of all tenants as one tree: a node is below those that are added before it.
 fn drawn(report: &FamilyReport) -> String {
-    let known: BTreeMap<&str, &NodeReport> =
-        report.nodes.iter().map(|node| (node.blake3.as_str(), node)).collect();
+    let known: BTreeMap<Digest, &NodeReport> =
+        report.nodes.iter().map(|node| (node.blake3, node)).collect();
     let ways: Vec<Way<'_>> =
         report.tenants.iter().map(|t| (t.name.as_str(), &t.nodes[..])).collect();
     let mut text = String::new();
@@ -388,15 +388,15 @@ fn some_of(names: &[&str]) -> String {
 }
 
 /// A tenant and what of its path is still to be drawn.
-type Way<'a> = (&'a str, &'a [String]);
+type Way<'a> = (&'a str, &'a [Digest]);
 
-fn draw(ways: &[Way<'_>], known: &BTreeMap<&str, &NodeReport>, indent: &str, text: &mut String) {
-    let mut branches: Vec<(&str, Vec<Way<'_>>)> = Vec::new();
+fn draw(ways: &[Way<'_>], known: &BTreeMap<Digest, &NodeReport>, indent: &str, text: &mut String) {
+    let mut branches: Vec<(Digest, Vec<Way<'_>>)> = Vec::new();
     for (name, way) in ways {
         let Some((first, rest)) = way.split_first() else { continue };
         match branches.iter_mut().find(|(node, _)| node == first) {
             Some((_, below)) => below.push((name, rest)),
-            None => branches.push((first, vec![(name, rest)])),
+            None => branches.push((*first, vec![(name, rest)])),
         }
     }
     let n = branches.len();
@@ -404,9 +404,9 @@ fn draw(ways: &[Way<'_>], known: &BTreeMap<&str, &NodeReport>, indent: &str, tex
         let (mark, after) = if at + 1 == n { ("└─ ", "   ") } else { ("├─ ", "│  ") };
         let mut names: Vec<&str> = below.iter().map(|(name, _)| *name).collect();
         names.sort_unstable();
-        let node_name = &node[..8.min(node.len())];
-        let _ = write!(text, "{indent}{mark}{node_name}… {}", some_of(&names));
-        if let Some(report) = known.get(node) {
+        let digest = node.to_string();
+        let _ = write!(text, "{indent}{mark}{}… {}", &digest[..8], some_of(&names));
+        if let Some(report) = known.get(&node) {
             if let Some(bits) = report.bits {
                 let _ = write!(text, "  {bits:.2} bits");
             }
