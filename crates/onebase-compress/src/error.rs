@@ -140,6 +140,16 @@ pub enum Error {
         /// The other one.
         other: String,
     },
+    /// A family is of another base.
+    #[error("{}: of the base {}, got {}", family.display(), model(expected), model(got))]
+    OtherFamilyBase {
+        /// The family.
+        family: PathBuf,
+        /// Its base.
+        expected: BaseRecord,
+        /// That which was given.
+        got: BaseRecord,
+    },
     /// A family was built from other fine-tunes than those that were given.
     #[error("tenant {name:?} was made from the fine-tune {expected}, got {}", got.as_deref().unwrap_or("none"))]
     OtherOriginal {
@@ -204,6 +214,9 @@ impl Error {
             ),
             Error::LogitsNotFinite { .. } | Error::InputNotFinite { .. } => {
                 Some("look for weights of extreme size".into())
+            }
+            Error::OtherFamilyBase { .. } => {
+                Some("give the base that the family was built with".into())
             }
             Error::TwoTenants { .. } => Some("give one of them another name: NAME=FINETUNE".into()),
             Error::SameWeights { .. } => {

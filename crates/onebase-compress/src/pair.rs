@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use onebase_codec::DeltaSource;
-use onebase_format::artifact::{Shard, digest_of_tensors};
+use onebase_format::artifact::{Origin, Shard, digest_of_tensors};
 use onebase_format::{CONFIG_FILE, Checkpoint, Digest, SIDE_FILES, Tensor};
 use onebase_model::{ModelConfig, TensorSpec, check_tensors, tensor_specs};
 
@@ -140,6 +140,18 @@ impl Pair {
             }
         }
         Ok(Digest::of(&seen))
+    }
+
+    /// What is known of the tensor at a position, whatever way it is stored.
+    pub(crate) fn origin(
+        &self,
+        index: usize,
+        base: Digest,
+        fine_tune: Digest,
+    ) -> Result<Origin<'_>> {
+        let TensorSpec { name, role, shape } = &self.specs[index];
+        let dtype = self.fine_tune.tensor(name)?.dtype();
+        Ok(Origin { index, name, role: *role, dtype, shape, base, fine_tune })
     }
 
     /// The delta of a matrix or a vector, to be read by rows.

@@ -303,6 +303,15 @@ fn adding_and_removing_touch_nobody_else() {
     for (name, bytes) in left.iter().filter(|(name, _)| *name != Path::new(FAMILY_FILE)) {
         assert!(before[name] == *bytes, "{}", name.display());
     }
+    family.change().unwrap().remove_tenant("other").unwrap();
+    assert!(family.tenants().unwrap().is_empty());
+    place.add(&family, "other").unwrap();
+    family.change().unwrap().remove_tenant("other").unwrap();
+    let base = Memory::read(&place.path("base"));
+    base.tuned(8).write(&place.path("base"));
+    assert!(matches!(place.add(&family, "other"), Err(Error::OtherFamilyBase { .. })));
+    base.write(&place.path("base"));
+    place.add(&family, "other").unwrap();
     let error = family.change().unwrap().remove_tenant("later").unwrap_err();
     let FormatError::NoTenant { got, known, .. } = error else { panic!("{error}") };
     assert_eq!((got.as_str(), &known[..]), ("later", &["other".to_owned()][..]));
@@ -487,7 +496,32 @@ fn leaves_may_be_of_another_codec() {
     let later = place.path("more");
     Memory::read(&place.path("later")).tuned(6).write(&later);
     let members = place.members(&["more"]);
-    add_to_family(&family, &members[0], None, &tables(), &VectorPlan::Exact, &Silent).unwrap();
+    let leaf: CodecSpec = "dqrelo-plus:bits=3".parse().unwrap();
+    let added =
+        add_to_family(&family, &members[0], Some(leaf), &tables(), &VectorPlan::Exact, &Silent);
+    assert!(added.unwrap().leaf.unwrap().starts_with("dqrelo-plus"));
+    let family = Family::open(family.dir()).unwrap();
+    verify_family(&place.base(), &family, &Silent).unwrap();
+    // What a leaf takes is known of every codec.
+    assert!(family.manifest().nodes.values().all(|node| node.bits >= 1.0));
+    // One whose size is known only once it is encoded has no place in a file that is begun before.
+    let leaf: CodecSpec = "deltamix:bits=1".parse().unwrap();
+    let refused = add_to_family(
+        &family,
+        &members[0],
+        Some(leaf.clone()),
+        &tables(),
+        &VectorPlan::Exact,
+        &Silent,
+    );
+    assert!(matches!(refused, Err(Error::TwoTenants { .. })));
+    let named = [("again".to_owned(), later)];
+    let members = open_members(&place.path("base"), &named).unwrap();
+    let before = contents(family.dir());
+    let refused =
+        add_to_family(&family, &members[0], Some(leaf), &tables(), &VectorPlan::Exact, &Silent);
+    assert!(matches!(refused, Err(Error::UnknownSize { .. })));
+    assert!(contents(family.dir()) == before);
 }
 
 #[test]

@@ -67,7 +67,8 @@ pub struct Similarity {
 /// What is known of a node since it was written.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct NodeRecord {
-    /// Bits of its codes, a mean over the weights of all linear sites.
+    /// Bits of its codes, a mean over the weights of all linear sites; where they are no plain
+    /// codes, of all that its file holds.
     pub bits: f64,
     /// The relative squared error of the linear sites' delta down to this node, of each
     /// tenant that it was written for.
@@ -154,7 +155,10 @@ impl Family {
     /// # Errors
     /// When another process has it.
     pub fn change(&self) -> Result<FamilyChange<'_>> {
-        let change = FamilyChange { family: self, _lock: Lock::take(&self.dir, &self.dir)? };
+        let lock = Lock::take(&self.dir, &self.dir)?;
+        // As it is now that nobody else changes it.
+        let manifest = Self::open(&self.dir)?.manifest;
+        let change = FamilyChange { family: self, manifest, _lock: lock };
         for folder in [TENANTS_FOLDER, NODES_FOLDER] {
             for path in entries(&self.dir.join(folder))? {
                 let name = path.file_name().map(|name| name.to_string_lossy().into_owned());
@@ -178,10 +182,16 @@ impl Family {
 #[derive(Debug)]
 pub struct FamilyChange<'a> {
     family: &'a Family,
+    manifest: FamilyManifest,
     _lock: Lock,
 }
 
 impl FamilyChange<'_> {
+    /// The manifest as it was when the change began.
+    pub fn manifest(&self) -> &FamilyManifest {
+        &self.manifest
+    }
+
     /// Where a node is written before its digest is known.
     pub fn new_node_path(&self, number: usize) -> PathBuf {
         self.family.dir.join(NODES_FOLDER).join(format!(".{number}.partial"))
@@ -253,7 +263,7 @@ impl FamilyChange<'_> {
         if is_there { remove(&gone) } else { Ok(()) }
     }
 
-    /// Removes the nodes that no tenant names.
+    /// Removes the nodes that no tenant names, from the manifest too.
     ///
     /// # Errors
     /// When a tenant's manifest cannot be read: its nodes are not known then, and all stay.
@@ -272,6 +282,12 @@ impl FamilyChange<'_> {
                 remove(&path)?;
                 removed.push(node);
             }
+        }
+        let mut manifest = Family::open(&self.family.dir)?.manifest;
+        let known = manifest.nodes.len();
+        manifest.nodes.retain(|node, _| named.contains(node));
+        if manifest.nodes.len() < known {
+            self.set_manifest(&manifest)?;
         }
         Ok(removed)
     }

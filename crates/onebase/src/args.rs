@@ -192,6 +192,17 @@ pub(crate) enum FamilyCommand {
     Rebuild(FamilyRebuildArgs),
 }
 
+/// How what is in no node is stored.
+#[derive(Debug, clap::Args)]
+pub(crate) struct RestArgs {
+    /// How embeddings and head are stored: `exact`, or a codec
+    #[arg(long, default_value = FAMILY_TABLES, value_parser = tables)]
+    pub(crate) embeddings: TablePlan,
+    /// How norms and biases are stored: `exact`, or a codec
+    #[arg(long, default_value = "exact", value_parser = vectors)]
+    pub(crate) vectors: VectorPlan,
+}
+
 #[derive(Debug, clap::Args)]
 pub(crate) struct FamilyAddArgs {
     /// Folder of the family
@@ -206,12 +217,8 @@ pub(crate) struct FamilyAddArgs {
     /// is expected to be as good as the other tenants]
     #[arg(long, value_name = "CODEC", value_parser = plain_codec)]
     pub(crate) leaf: Option<CodecSpec>,
-    /// How embeddings and head are stored: `exact`, or a codec
-    #[arg(long, default_value = FAMILY_TABLES, value_parser = tables)]
-    pub(crate) embeddings: TablePlan,
-    /// How norms and biases are stored: `exact`, or a codec
-    #[arg(long, default_value = "exact", value_parser = vectors)]
-    pub(crate) vectors: VectorPlan,
+    #[command(flatten)]
+    pub(crate) rest: RestArgs,
 }
 
 #[derive(Debug, clap::Args)]
@@ -242,12 +249,8 @@ pub(crate) struct FamilyRebuildArgs {
     /// How large the family may be, see `onebase compress --budget`
     #[arg(long, value_name = "SIZE")]
     pub(crate) budget: Budget,
-    /// How embeddings and head are stored: `exact`, or a codec
-    #[arg(long, default_value = FAMILY_TABLES, value_parser = tables)]
-    pub(crate) embeddings: TablePlan,
-    /// How norms and biases are stored: `exact`, or a codec
-    #[arg(long, default_value = "exact", value_parser = vectors)]
-    pub(crate) vectors: VectorPlan,
+    #[command(flatten)]
+    pub(crate) rest: RestArgs,
 }
 
 /// How the token tables of a family's tenants are stored unless that is said.

@@ -4,11 +4,11 @@ use half::f16;
 use onebase_codec::rqt::{
     MAX_LEAF_BITS, Residual, Rqt, SitePath, expected_error, fitted_gains, path_energy,
 };
-use onebase_codec::{CodecSpec, DeltaLinear};
+use onebase_codec::{CodecSpec, DeltaLinear, Kind};
 use onebase_format::artifact::{
-    Artifact, ArtifactWriter, CodecRecord, FileRecord, Origin, PathPart, Role, part_name,
+    Artifact, ArtifactWriter, BaseRecord, CodecRecord, FileRecord, PathPart, Role, part_name,
 };
-use onebase_format::family::{Family, NodeRecord};
+use onebase_format::family::{Family, FamilyManifest, NodeRecord};
 use onebase_format::{Digest, TensorEntry, TensorWriter};
 use onebase_tensor::EncodedDelta;
 use serde::Serialize;
@@ -22,6 +22,9 @@ use crate::{Error, Member, Plan, Progress, Result, TablePlan, VectorPlan};
 /// What another node on the way must explain of a delta, relatively: each is read whenever
 /// the tenant is.
 const WORTH_A_NODE: f64 = 0.02;
+
+/// Bits of codes where there is nobody to be as good as.
+const BITS_ALONE: usize = 4;
 
 /// Times that gains and codes of its own are fitted to each other.
 const ROUNDS: usize = 2;
@@ -66,18 +69,17 @@ pub fn add_to_family(
     }
     let tenants = family.tenants()?.into_iter().map(|name| Ok(family.tenant(&name)?));
     let tenants = tenants.collect::<Result<Vec<_>>>()?;
-    for (at, tenant) in tenants.iter().enumerate() {
-        tenant.check_files()?;
-        if at == 0 {
-            tenant.check_base(member.pair.base())?;
-        }
+    tenants.iter().try_for_each(Artifact::check_files)?;
+    match tenants.first() {
+        Some(tenant) => tenant.check_base(member.pair.base())?,
+        None => check_base(family, member)?,
     }
     let adding = Adding { member, nodes: Nodes::of(&tenants)?, progress };
     progress.begin(2 * member.pair.fine_tune().size_bytes());
     let (nodes, left) = adding.best_path()?;
     let leaf = match leaf {
         Some(leaf) => Some(leaf),
-        None => default_leaf(family, left)?,
+        None => default_leaf(change.manifest(), family, left)?,
     };
     let file = match &leaf {
         Some(leaf) => {
@@ -89,18 +91,20 @@ pub fn add_to_family(
     let (sites, file, error) = adding.encode(&nodes, leaf.as_ref(), file)?;
     let mut records: Vec<FileRecord> =
         nodes.iter().map(|n| adding.nodes.files[n].clone()).collect();
-    let mut manifest = family.manifest().clone();
+    let mut manifest = change.manifest().clone();
     if let Some((bytes, blake3)) = file.map(TensorWriter::finish).transpose()? {
         change.name_node(0, blake3)?;
         records.push(FileRecord { bytes, blake3 });
-        let bits = leaf.as_ref().and_then(CodecSpec::bits_option).map(|option| option.name);
-        #[allow(clippy::cast_precision_loss)]
-        let bits =
-            bits.zip(leaf.as_ref()).map_or(0.0, |(bits, leaf)| leaf.options().int(bits) as f64);
         let errors = BTreeMap::from([(member.name.clone(), error)]);
+        let bits = leaf.as_ref().map_or(0.0, |leaf| leaf_bits(leaf, bytes, adding.n_weights()));
         manifest.nodes.insert(blake3, NodeRecord { bits, errors });
     }
-    adding.write(&nodes, &records, leaf.as_ref(), &sites, tables, vectors, &folder)?;
+    let written = adding.write(&nodes, &records, leaf.as_ref(), &sites, tables, vectors, &folder);
+    if written.is_err() {
+        // The error that led here is the one to report.
+        let _ = change.remove_unnamed();
+    }
+    written?;
     change.set_manifest(&manifest)?;
     Ok(Added {
         name: member.name.clone(),
@@ -111,9 +115,34 @@ pub fn add_to_family(
     })
 }
 
+/// Bits of a node that is one codec's: of its codes where these are plain, else of all that its
+/// file holds, over the weights of all linear sites.
+#[allow(clippy::cast_precision_loss)]
+pub(super) fn leaf_bits(leaf: &CodecSpec, file_bytes: u64, n_weights: usize) -> f64 {
+    match leaf.bits_option().map(|option| (option.name, option.kind)) {
+        Some((name, Kind::Int { .. })) => leaf.options().int(name) as f64,
+        _ => 8.0 * file_bytes as f64 / n_weights.max(1) as f64,
+    }
+}
+
+/// Checks that a fine-tune's base is that of a family without tenants.
+fn check_base(family: &Family, member: &Member) -> Result<()> {
+    let base = member.pair.base();
+    let names: Vec<&str> = member.pair.specs().iter().map(|spec| spec.name.as_str()).collect();
+    let got = BaseRecord::new(&base.name(), names.iter().copied().zip(base.digests(&names)?));
+    let expected = family.manifest().base.clone();
+    if got.blake3 == expected.blake3 {
+        return Ok(());
+    }
+    Err(Error::OtherFamilyBase { family: family.dir().to_owned(), expected, got })
+}
+
 /// The codes of the fewest bits with which what is left is as good as the other tenants are.
-fn default_leaf(family: &Family, left: f64) -> Result<Option<CodecSpec>> {
-    let manifest = family.manifest();
+fn default_leaf(
+    manifest: &FamilyManifest,
+    family: &Family,
+    left: f64,
+) -> Result<Option<CodecSpec>> {
     let mut options = manifest.codec.options.clone();
     options.shift_remove("leaf");
     let rqt = Rqt::new(&options).map_err(|source| Error::Codec {
@@ -130,6 +159,9 @@ fn default_leaf(family: &Family, left: f64) -> Result<Option<CodecSpec>> {
     #[allow(clippy::cast_precision_loss)]
     let mean = finals.values().sum::<f64>() / finals.len().max(1) as f64;
     let group_size = rqt.fit().group_size;
+    if finals.is_empty() {
+        return Ok(rqt.node_codec(BITS_ALONE).ok());
+    }
     let is_enough = |bits: &usize| left * expected_error(*bits, group_size) <= mean;
     let bits = (0..MAX_LEAF_BITS).find(is_enough).unwrap_or(MAX_LEAF_BITS);
     Ok(rqt.node_codec(bits).ok())
@@ -212,6 +244,12 @@ impl<'a> Adding<'a> {
             }
         }
         Ok(sites)
+    }
+
+    /// Weights of all linear sites.
+    fn n_weights(&self) -> usize {
+        let specs = self.member.pair.specs().iter().filter(|spec| spec.role == Role::Linear);
+        specs.map(|spec| spec.shape.iter().product::<usize>()).sum()
     }
 
     fn name(&self, index: usize) -> &str {
@@ -331,15 +369,7 @@ impl<'a> Adding<'a> {
                 put_tensor(index, spec, &rest, None, &mut writer, base, fine_tune)?;
                 continue;
             };
-            let origin = Origin {
-                index,
-                name: &spec.name,
-                role: spec.role,
-                dtype: fine_tune.dtype(),
-                shape: fine_tune.shape(),
-                base: base.digest()?,
-                fine_tune: fine_tune.digest()?,
-            };
+            let origin = pair.origin(index, base.digest()?, fine_tune.digest()?)?;
             let nodes = site.nodes.iter().map(|(at, codec)| (*at, codec.clone(), true));
             let own = leaf.filter(|_| site.has_leaf);
             let own = own.map(|leaf| (way.len(), codec_record(leaf), false));

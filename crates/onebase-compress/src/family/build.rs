@@ -4,9 +4,7 @@ use std::path::Path;
 use half::f16;
 use onebase_codec::rqt::{EncodedTree, Residual, SiteNode, SitePath, encode_tree};
 use onebase_codec::{CodecSpec, DeltaLinear, DeltaSource, read_finite};
-use onebase_format::artifact::{
-    ArtifactWriter, BaseRecord, FileRecord, Origin, Run, Shard, StoredTensor,
-};
+use onebase_format::artifact::{ArtifactWriter, BaseRecord, FileRecord, Run, Shard, StoredTensor};
 use onebase_format::family::{
     FAMILY_FORMAT, FAMILY_VERSION, FamilyManifest, NODES_FOLDER, NodeRecord, TENANTS_FOLDER,
     node_name, tenant_folder, write_family,
@@ -16,6 +14,7 @@ use onebase_tensor::EncodedDelta;
 use rayon::prelude::*;
 use serde_json::Map;
 
+use super::add::leaf_bits;
 use super::plan::SitePlan;
 use crate::compress::{TOOL, put_side_files, put_tensor};
 use crate::model_card::model_card;
@@ -213,15 +212,7 @@ impl Tenant<'_> {
                 put_tensor(index, spec, &rest, None, &mut writer, base, fine_tune)?;
                 continue;
             };
-            let origin = Origin {
-                index,
-                name: &spec.name,
-                role: spec.role,
-                dtype: fine_tune.dtype(),
-                shape: fine_tune.shape(),
-                base: self.bases[index],
-                fine_tune: fine_tune.digest()?,
-            };
+            let origin = pair.origin(index, self.bases[index], fine_tune.digest()?)?;
             if site.unchanged[self.at] {
                 writer.put(StoredTensor::unchanged(origin), &[])?;
             } else {
@@ -299,7 +290,11 @@ impl Errors {
                 (members[member].name.clone(), sum / relatives.total.at(member, member))
             };
             let errors = sums.into_iter().map(relative).collect();
-            let bits = bits / relatives.n_weights().max(1) as f64;
+            let n_weights = relatives.n_weights();
+            let bits = match &plan.options.leaf {
+                Some(leaf) if bits == 0.0 => leaf_bits(leaf, file.bytes, n_weights),
+                _ => bits / n_weights.max(1) as f64,
+            };
             records.insert(file.blake3, NodeRecord { bits, errors });
         }
         records

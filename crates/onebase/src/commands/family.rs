@@ -207,8 +207,9 @@ fn add(args: &FamilyAddArgs, output: &Output) -> anyhow::Result<()> {
     let members = open_members(&args.base, &named(std::slice::from_ref(&args.fine_tune))?)?;
     let Some(member) = members.first() else { bail!("no fine-tune was given") };
     let bar = Bar::new("adding");
-    let FamilyAddArgs { leaf, embeddings, vectors, .. } = args;
-    let added = add_to_family(&family, member, leaf.clone(), embeddings, vectors, &bar)?;
+    let FamilyAddArgs { leaf, rest, .. } = args;
+    let (tables, vectors) = (&rest.embeddings, &rest.vectors);
+    let added = add_to_family(&family, member, leaf.clone(), tables, vectors, &bar)?;
     bar.finish();
     let report = family_report(&family, None)?;
     let tenant = report.tenants.iter().find(|tenant| tenant.name == added.name);
@@ -254,8 +255,8 @@ fn rebuild(args: &FamilyRebuildArgs, output: &Output) -> anyhow::Result<()> {
     let options = FamilyOptions {
         rqt: args.codec.clone(),
         leaf: args.leaf.clone(),
-        tables: args.embeddings.clone(),
-        vectors: args.vectors.clone(),
+        tables: args.rest.embeddings.clone(),
+        vectors: args.rest.vectors.clone(),
     };
     let planned = plan(&members, &options, args.budget)?;
     Output::note(planned.to_text().trim_end());
