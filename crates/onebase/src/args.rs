@@ -370,6 +370,9 @@ pub(crate) struct GenerateArgs {
     /// A fine-tune to answer: NAME=ARTIFACT; may be given many times
     #[arg(short, long = "delta", value_name = "NAME=ARTIFACT")]
     pub(crate) deltas: Vec<NamedDelta>,
+    /// All tenants of a family answer
+    #[arg(long)]
+    pub(crate) family: Option<PathBuf>,
     /// A prompt; may be given many times, each is answered by every model
     #[arg(short, long = "prompt", required = true, value_name = "TEXT")]
     pub(crate) prompts: Vec<String>,

@@ -192,6 +192,9 @@ fn the_whole_way_of_a_family() {
     assert_eq!(run.stdout, format!("{ANSWER}\n"));
 
     let json = |args: &[&str]| onebase(args.iter().chain(&["--json"])).exits(0).object();
+    let got = json(&["generate", &base, "--family", &out, "-n", "4", "-p", QUESTION]);
+    let voices = got["answers"].as_array().unwrap().iter().map(|answer| &answer["model"]);
+    assert_eq!(voices.collect::<Vec<_>>(), ["chat", "later", "math"]);
     let removed = json(&["family", "remove", &out, "later"]);
     assert_eq!(removed["removed"], json!("later"));
     assert_eq!(removed["nodes"].as_array().unwrap().len(), 1);

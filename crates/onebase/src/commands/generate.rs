@@ -3,6 +3,7 @@ use std::time::Instant;
 use anyhow::bail;
 use onebase_format::Checkpoint;
 use onebase_format::artifact::Artifact;
+use onebase_format::family::Family;
 use onebase_model::{
     Generation, Message, Model, Request, SamplingParams, Tenant, TextModel, generate,
 };
@@ -51,20 +52,28 @@ pub(crate) fn run(args: &GenerateArgs, output: &Output) -> anyhow::Result<()> {
 
 fn voices(args: &GenerateArgs, model: &Model) -> anyhow::Result<Vec<Voice>> {
     let mut voices: Vec<Voice> = Vec::new();
-    if args.with_base || args.deltas.is_empty() {
+    let mut deltas: Vec<(String, Artifact)> = Vec::new();
+    if let Some(dir) = &args.family {
+        let family = Family::open(dir)?;
+        for name in family.tenants()? {
+            let artifact = family.tenant(&name)?;
+            deltas.push((name, artifact));
+        }
+    }
+    for delta in &args.deltas {
+        deltas.push((delta.name.clone(), Artifact::open(&delta.artifact)?));
+    }
+    if args.with_base || deltas.is_empty() {
         let text = TextModel::from_checkpoint(model.checkpoint())?;
         voices.push(Voice { name: "base".to_owned(), tenant: None, text });
     }
-    for delta in &args.deltas {
-        if voices.iter().any(|v| v.name == delta.name) {
-            bail!("the name {} is given twice", delta.name);
+    for (name, artifact) in deltas {
+        if voices.iter().any(|voice| voice.name == name) {
+            bail!("the name {name} is given twice");
         }
-        let artifact = Artifact::open(&delta.artifact)?;
-        voices.push(Voice {
-            name: delta.name.clone(),
-            tenant: Some(Tenant::load(model, &artifact)?),
-            text: TextModel::from_artifact(&artifact, model.checkpoint())?,
-        });
+        let tenant = Some(Tenant::load(model, &artifact)?);
+        let text = TextModel::from_artifact(&artifact, model.checkpoint())?;
+        voices.push(Voice { name, tenant, text });
     }
     Ok(voices)
 }
