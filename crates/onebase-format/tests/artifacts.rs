@@ -90,11 +90,11 @@ fn a_folder_without_manifest_is_no_artifact() {
 #[test]
 fn a_newer_manifest_is_called_newer_and_not_malformed() {
     let error = manifest_refusal(|m| {
-        m["version"] = json!(2);
+        m["version"] = json!(3);
         m["tensors"] = json!("a new way to say it");
     });
-    assert!(matches!(error, Error::NewerFormat { newest: 1, got: 2, .. }), "{error:?}");
-    assert!(error.to_string().ends_with("format version 2, this program reads up to 1"));
+    assert!(matches!(error, Error::NewerFormat { newest: 2, got: 3, .. }), "{error:?}");
+    assert!(error.to_string().ends_with("format version 3, this program reads up to 2"));
     assert!(error.hint().unwrap().contains("newer onebase"));
     let error = manifest_refusal(|m| m["version"] = json!(u64::MAX));
     assert!(matches!(error, Error::NewerFormat { got: u64::MAX, .. }), "{error:?}");

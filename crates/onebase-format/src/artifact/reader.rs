@@ -389,7 +389,9 @@ impl Artifact {
         let Some(shape) = self.record(tensor)?.delta_shape() else {
             return Err(self.bad(tensor, "has no path".into()));
         };
-        let file = &self.nodes[part.position];
+        let Some(file) = self.nodes.get(part.position) else {
+            return Err(self.bad(tensor, format!("has no node {}", part.position)));
+        };
         let names = file.tensors.keys().filter_map(|name| {
             let part = name.strip_prefix(&part_name(tensor, ""))?;
             (!part.contains('.')).then(|| (part.to_owned(), name.clone()))
