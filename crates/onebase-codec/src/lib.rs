@@ -17,6 +17,7 @@ mod kept;
 mod kept_encoder;
 mod kept_fit;
 mod largest;
+pub mod lossless;
 mod low_bit_rows;
 mod masks;
 pub mod numerics;

@@ -22,12 +22,14 @@ mod gathered;
 mod lowbit;
 pub mod naive;
 mod parallel;
+pub mod rans;
 mod sign;
 #[cfg(test)]
 mod tests;
 pub mod thin;
 mod tiles;
 mod vector;
+pub mod words;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 

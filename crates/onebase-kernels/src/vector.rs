@@ -3,6 +3,8 @@
 use half::{bf16, f16};
 use onebase_tensor::MatrixRef;
 
+use crate::rans::{STATES, Slots};
+
 /// Virtual lanes of a vector; every backend has the same number.
 pub const LANES: usize = 16;
 
@@ -42,6 +44,17 @@ pub(crate) trait Lanes: Copy {
     /// lowest those of the first table. Neighbours are added first, then their sums. `words` must be
     /// readable for sixteen.
     unsafe fn choose(tables: &[Self; 8], words: *const u32) -> Self;
+    /// Decodes groups of symbols for as long as there are words, see [`crate::rans`].
+    #[inline(always)]
+    unsafe fn rans_groups(
+        slots: &Slots,
+        states: &mut [u32; STATES],
+        words: &[u8],
+        contexts: &[[u8; STATES]],
+        symbols: &mut [[u8; STATES]],
+    ) -> (usize, usize) {
+        crate::rans::groups(slots, states, words, contexts, symbols)
+    }
 }
 
 /// One vector of each of `B` rows that are `stride` apart.

@@ -1,21 +1,25 @@
 //! The lanes in two AVX2 registers and in one AVX-512 register.
 
 use std::arch::x86_64::{
-    __m256, __m256i, __m512, _CMP_GT_OQ, _MM_HINT_T0, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32,
-    _mm_loadu_si128, _mm_movehl_ps, _mm_prefetch, _mm_shuffle_ps, _mm256_add_ps, _mm256_and_ps,
-    _mm256_and_si256, _mm256_blendv_ps, _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_cmp_ps,
-    _mm256_cmpeq_epi32, _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_extractf128_ps,
-    _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_movemask_ps,
-    _mm256_permutevar8x32_ps, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setr_epi32,
-    _mm256_setzero_ps, _mm256_slli_epi32, _mm256_srli_epi32, _mm256_storeu_ps, _mm512_add_ps,
-    _mm512_castps512_ps256, _mm512_castsi512_ps, _mm512_cmp_ps_mask, _mm512_cvtepu16_epi32,
-    _mm512_cvtph_ps, _mm512_extractf32x8_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512,
-    _mm512_mask_add_ps, _mm512_permutexvar_ps, _mm512_set1_ps, _mm512_setzero_ps,
-    _mm512_slli_epi32, _mm512_srli_epi32, _mm512_storeu_ps,
+    __m256, __m256i, __m512, __m512i, _CMP_GT_OQ, _MM_HINT_T0, _mm_add_ps, _mm_add_ss,
+    _mm_cvtss_f32, _mm_loadu_si128, _mm_movehl_ps, _mm_prefetch, _mm_shuffle_ps, _mm_storeu_si128,
+    _mm256_add_ps, _mm256_and_ps, _mm256_and_si256, _mm256_blendv_ps, _mm256_castps256_ps128,
+    _mm256_castsi256_ps, _mm256_cmp_ps, _mm256_cmpeq_epi32, _mm256_cvtepu16_epi32, _mm256_cvtph_ps,
+    _mm256_extractf128_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256,
+    _mm256_movemask_ps, _mm256_permutevar8x32_ps, _mm256_set1_epi32, _mm256_set1_ps,
+    _mm256_setr_epi32, _mm256_setzero_ps, _mm256_slli_epi32, _mm256_srli_epi32, _mm256_storeu_ps,
+    _mm512_add_epi32, _mm512_add_ps, _mm512_and_si512, _mm512_castps512_ps256, _mm512_castsi512_ps,
+    _mm512_cmp_ps_mask, _mm512_cmplt_epu32_mask, _mm512_cvtepi32_epi8, _mm512_cvtepu8_epi32,
+    _mm512_cvtepu16_epi32, _mm512_cvtph_ps, _mm512_extractf32x8_ps, _mm512_fmadd_ps,
+    _mm512_i32gather_epi32, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mask_add_ps,
+    _mm512_mask_mov_epi32, _mm512_maskz_expand_epi32, _mm512_mullo_epi32, _mm512_or_si512,
+    _mm512_permutexvar_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_slli_epi32,
+    _mm512_srli_epi32, _mm512_storeu_ps, _mm512_storeu_si512,
 };
 
 use half::{bf16, f16};
 
+use crate::rans::{GROUP_BYTES, SCALE_BITS, STATES, Slots};
 use crate::vector::{Kernel, LANES, Lanes};
 
 /// Whether [`with_avx2`] may run here.
@@ -23,6 +27,9 @@ pub(crate) fn has_avx2() -> bool {
     is_x86_feature_detected!("avx2")
         && is_x86_feature_detected!("fma")
         && is_x86_feature_detected!("f16c")
+        && is_x86_feature_detected!("bmi1")
+        && is_x86_feature_detected!("bmi2")
+        && is_x86_feature_detected!("lzcnt")
 }
 
 /// Whether [`with_avx512`] may run here.
@@ -32,13 +39,14 @@ pub(crate) fn has_avx512() -> bool {
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512dq")
         && is_x86_feature_detected!("avx512vl")
+        && is_x86_feature_detected!("avx512cd")
 }
 
 /// Runs a kernel over AVX2 lanes.
 ///
 /// # Safety
 /// [`has_avx2`] is true, and the kernel's own promises hold.
-#[target_feature(enable = "avx2,fma,f16c")]
+#[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2,lzcnt")]
 pub(crate) unsafe fn with_avx2<K: Kernel>(kernel: K) -> K::Output {
     // SAFETY: this function's features are the lanes' instructions.
     unsafe { kernel.run::<Avx2>() }
@@ -48,7 +56,9 @@ pub(crate) unsafe fn with_avx2<K: Kernel>(kernel: K) -> K::Output {
 ///
 /// # Safety
 /// [`has_avx512`] is true, and the kernel's own promises hold.
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
+#[target_feature(
+    enable = "avx2,fma,f16c,bmi1,bmi2,lzcnt,avx512f,avx512bw,avx512dq,avx512vl,avx512cd"
+)]
 pub(crate) unsafe fn with_avx512<K: Kernel>(kernel: K) -> K::Output {
     // SAFETY: this function's features are the lanes' instructions.
     unsafe { kernel.run::<Avx512>() }
@@ -277,5 +287,76 @@ impl Lanes for Avx512 {
             let last = _mm512_add_ps(_mm512_add_ps(at!(4), at!(5)), _mm512_add_ps(at!(6), at!(7)));
             Self(_mm512_add_ps(first, last))
         }
+    }
+
+    unsafe fn rans_groups(
+        slots: &Slots,
+        states: &mut [u32; STATES],
+        words: &[u8],
+        contexts: &[[u8; STATES]],
+        symbols: &mut [[u8; STATES]],
+    ) -> (usize, usize) {
+        unsafe {
+            let half = STATES / 2;
+            let mut low = _mm512_loadu_si512(states.as_ptr().cast());
+            let mut high = _mm512_loadu_si512(states.as_ptr().add(half).cast());
+            let (mut n, mut used) = (0, 0);
+            for (contexts, symbols) in contexts.iter().zip(symbols) {
+                if words.len() - used < GROUP_BYTES {
+                    break;
+                }
+                // Each half reads at most half of a group's words.
+                let at = words.as_ptr().add(used);
+                let first = rans_half(slots, &mut low, at, contexts.as_ptr(), symbols.as_mut_ptr());
+                let second = rans_half(
+                    slots,
+                    &mut high,
+                    at.add(first),
+                    contexts.as_ptr().add(half),
+                    symbols.as_mut_ptr().add(half),
+                );
+                used += first + second;
+                n += 1;
+            }
+            _mm512_storeu_si512(states.as_mut_ptr().cast(), low);
+            _mm512_storeu_si512(states.as_mut_ptr().add(half).cast(), high);
+            (n, used)
+        }
+    }
+}
+
+/// Decodes a symbol for each of sixteen states; gives the bytes of the words it read.
+///
+/// # Safety
+/// AVX-512 is available; 32 bytes at `words`, 16 at `contexts` and at `symbols` are there.
+#[inline(always)]
+unsafe fn rans_half(
+    slots: &Slots,
+    states: &mut __m512i,
+    words: *const u8,
+    contexts: *const u8,
+    symbols: *mut u8,
+) -> usize {
+    // SAFETY: loads and stores of as many bytes as the caller promises; a place in the slots has
+    // four bits of context and those of the scale.
+    unsafe {
+        let scale = _mm512_set1_epi32((1 << SCALE_BITS) - 1);
+        let contexts = _mm512_cvtepu8_epi32(_mm_loadu_si128(contexts.cast()));
+        let contexts = _mm512_and_si512(contexts, _mm512_set1_epi32(15));
+        let contexts = _mm512_slli_epi32::<SCALE_BITS>(contexts);
+        let places = _mm512_or_si512(contexts, _mm512_and_si512(*states, scale));
+        let slots = _mm512_i32gather_epi32::<4>(places, slots.as_ptr().cast());
+        _mm_storeu_si128(symbols.cast(), _mm512_cvtepi32_epi8(_mm512_srli_epi32::<24>(slots)));
+        let less_one = _mm512_and_si512(_mm512_srli_epi32::<SCALE_BITS>(slots), scale);
+        let frequencies = _mm512_add_epi32(less_one, _mm512_set1_epi32(1));
+        let quotients = _mm512_srli_epi32::<SCALE_BITS>(*states);
+        let next = _mm512_mullo_epi32(frequencies, quotients);
+        let next = _mm512_add_epi32(next, _mm512_and_si512(slots, scale));
+        let low = _mm512_cmplt_epu32_mask(next, _mm512_set1_epi32(1 << 16));
+        let words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(words.cast()));
+        let words = _mm512_maskz_expand_epi32(low, words);
+        let shifted = _mm512_or_si512(_mm512_slli_epi32::<16>(next), words);
+        *states = _mm512_mask_mov_epi32(next, low, shifted);
+        2 * low.count_ones() as usize
     }
 }
