@@ -36,6 +36,18 @@ pub enum Error {
         /// What the codec said.
         source: onebase_codec::Error,
     },
+    /// A part of an archived tensor could not be decoded.
+    #[error("{}: tensor {tensor}, from byte {at} on", path.display())]
+    Lossless {
+        /// The archive's file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Where the part begins in the tensor.
+        at: u64,
+        /// Which block is damaged.
+        source: onebase_codec::lossless::Error,
+    },
     /// A checkpoint is not what it was when an interrupted run began.
     #[error("{}: tensor {tensor} has changed since the run began whose work is in {}", path.display(), work.display())]
     InputChanged {
@@ -177,6 +189,11 @@ impl Error {
             Error::Codec { source, .. } => source.hint(),
             Error::NotFinite { .. } => Some(
                 "a checkpoint with NaN or ∞ is broken; look for a diverged training run".into(),
+            ),
+            Error::Lossless { .. } => Some(
+                "the archive was altered after it was written; fetch it again. Its other tensors \
+                 are whole"
+                    .into(),
             ),
             Error::InputChanged { .. } => {
                 Some("give the checkpoints that it began with, or start over with --restart".into())

@@ -4,6 +4,7 @@
 //! memory is bounded by what encoding the largest takes, whatever the checkpoint's size.
 
 mod allocate;
+mod archive;
 mod budget;
 mod calibration;
 mod compress;
@@ -18,6 +19,7 @@ mod progress;
 mod restore;
 mod verify;
 
+pub use archive::{ArchiveReport, archive, restore_archive, verify_archive};
 pub use budget::Budget;
 pub use calibration::{
     Calibration, InputMoment, LayerMoments, MomentRun, Sequential, WINDOW_TOKENS, calibrate,

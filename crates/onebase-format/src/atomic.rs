@@ -54,18 +54,11 @@ impl StagedFolder {
     /// When it exists, another process is writing it, or the folder around it
     /// cannot be written.
     pub fn create(target: &Path) -> Result<Self> {
-        if target.symlink_metadata().is_ok() {
-            return Err(Error::Exists { path: target.to_owned() });
-        }
-        let Some(staging) = partial(target) else {
-            return Err(Error::Exists { path: target.to_owned() });
-        };
-        std::fs::create_dir_all(&staging).map_err(Error::io("create", &staging))?;
-        let lock = Lock::take(&staging, target)?;
-        let lock_path = staging.join(LOCK);
-        let entries = std::fs::read_dir(&staging).map_err(Error::io("read", &staging))?;
-        for entry in entries {
-            let path = entry.map_err(Error::io("read", &staging))?.path();
+        let folder = Self::resume(target)?;
+        let lock_path = folder.path(LOCK);
+        let entries = std::fs::read_dir(&folder.staging);
+        for entry in entries.map_err(Error::io("read", &folder.staging))? {
+            let path = entry.map_err(Error::io("read", &folder.staging))?.path();
             if path == lock_path {
                 continue;
             }
@@ -76,6 +69,23 @@ impl StagedFolder {
             };
             removed.map_err(Error::io("remove", &path))?;
         }
+        Ok(folder)
+    }
+
+    /// Prepares to write `target`, which must not exist, and keeps what a killed process has
+    /// left of it.
+    ///
+    /// # Errors
+    /// As [`StagedFolder::create`].
+    pub(crate) fn resume(target: &Path) -> Result<Self> {
+        if target.symlink_metadata().is_ok() {
+            return Err(Error::Exists { path: target.to_owned() });
+        }
+        let Some(staging) = partial(target) else {
+            return Err(Error::Exists { path: target.to_owned() });
+        };
+        std::fs::create_dir_all(&staging).map_err(Error::io("create", &staging))?;
+        let lock = Lock::take(&staging, target)?;
         Ok(Self { target: target.to_owned(), staging, lock: Some(lock) })
     }
 

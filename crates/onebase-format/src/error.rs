@@ -2,7 +2,7 @@ use std::path::{Path, PathBuf};
 
 use safetensors::SafeTensorError;
 
-use crate::Digest;
+use crate::{Digest, Sha256};
 
 /// Why a checkpoint or an artifact could not be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -249,6 +249,22 @@ pub enum Error {
         /// That were measured.
         got: usize,
     },
+    /// Something in a folder is neither a file nor a folder, or its name is no text.
+    #[error("{} is neither a file nor a folder with a name in UTF-8", path.display())]
+    NoFile {
+        /// What it is called.
+        path: PathBuf,
+    },
+    /// A file came out other than it was, or the base's has changed.
+    #[error("{}: expected SHA-256 {expected}, got {got}", path.display())]
+    OtherContents {
+        /// The file.
+        path: PathBuf,
+        /// What it should be.
+        expected: Sha256,
+        /// What it is.
+        got: Sha256,
+    },
     /// The base is not the one the artifact was made against.
     #[error(
         "{}: made against another base: {tensor} has digest {got} in {}, expected {expected}",
@@ -294,6 +310,13 @@ impl Error {
             Error::NotA { missing: crate::statistics::STATISTICS_FILE, .. } => {
                 "give a folder written by `onebase calibrate`".into()
             }
+            Error::NotA { missing: crate::archive::ARCHIVE_FILE, .. } => {
+                "give a folder written by `onebase archive`, or leave out --exact".into()
+            }
+            Error::OtherContents { .. } => {
+                "the base was changed or the archive is damaged; fetch them again".into()
+            }
+            Error::NoFile { .. } => "move it elsewhere: an archive holds plain files alone".into(),
             Error::MissingInput { .. } | Error::InFeatures { .. } => {
                 "they are of another model; measure this one with `onebase calibrate`".into()
             }

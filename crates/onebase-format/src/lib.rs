@@ -4,6 +4,7 @@
 //! validated before it is used, and each refusal has its own error. Nothing
 //! here decodes a weight. The artifact's layout is `SPEC.md`.
 
+pub mod archive;
 pub mod artifact;
 mod atomic;
 mod checkpoint;
@@ -18,7 +19,7 @@ mod tensor_writer;
 
 pub use atomic::{StagedFolder, rename, write_file};
 pub use checkpoint::{CONFIG_FILE, Checkpoint, SIDE_FILES, Tensor};
-pub use digest::Digest;
+pub use digest::{Digest, Sha256};
 pub use error::Error;
 pub use safetensors_file::{MappedBytes, TensorHeader};
 pub use tensor_writer::{TensorEntry, TensorWriter, tensor_file_bytes};

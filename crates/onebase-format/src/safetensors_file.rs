@@ -130,12 +130,12 @@ fn read_header(file: &[u8]) -> std::result::Result<(usize, Metadata), SafeTensor
 }
 
 #[cfg(unix)]
-fn read_exact_at(file: &File, out: &mut [u8], at: u64) -> std::io::Result<()> {
+pub(crate) fn read_exact_at(file: &File, out: &mut [u8], at: u64) -> std::io::Result<()> {
     std::os::unix::fs::FileExt::read_exact_at(file, out, at)
 }
 
 #[cfg(windows)]
-fn read_exact_at(file: &File, mut out: &mut [u8], mut at: u64) -> std::io::Result<()> {
+pub(crate) fn read_exact_at(file: &File, mut out: &mut [u8], mut at: u64) -> std::io::Result<()> {
     while !out.is_empty() {
         let n = std::os::windows::fs::FileExt::seek_read(file, out, at)?;
         if n == 0 {

@@ -47,6 +47,8 @@ pub(crate) enum Command {
     Verify(VerifyArgs),
     /// Rebuild the fine-tune's checkpoint from base and artifact
     Restore(RestoreArgs),
+    /// Store a fine-tune's folder so that every file comes back to the byte
+    Archive(ArchiveArgs),
     /// Measure how much of a fine-tune's skill an artifact keeps
     Eval(EvalArgs),
     /// Sweep codecs over sizes and report what each keeps, as a page of charts
@@ -119,6 +121,10 @@ pub(crate) struct CompressArgs {
     #[arg(long, value_name = "TOKENS", default_value_t = onebase_compress::WINDOW_TOKENS,
         value_parser = positive, requires = "calibration")]
     pub(crate) calibration_window: usize,
+    /// Keep the fine-tune to the byte too, as an archive in the artifact's folder `original`;
+    /// `onebase restore --exact` reads it. It is no part of the artifact's size
+    #[arg(long, conflicts_with = "shard")]
+    pub(crate) keep_original: bool,
     /// A plain text: a factor for each linear site is fitted so that the logits on it are the
     /// fine-tune's (BitDelta's scale distillation). A run that is killed begins anew then
     #[arg(long, value_name = "TEXT", conflicts_with_all = ["budget", "shard"])]
@@ -277,9 +283,23 @@ pub(crate) struct VerifyArgs {
 pub(crate) struct RestoreArgs {
     /// Checkpoint folder of the base model
     pub(crate) base: PathBuf,
-    /// Folder of the artifact
+    /// Folder of the artifact; with `--exact` of an archive, or of an artifact that keeps its original
     pub(crate) artifact: PathBuf,
     /// Checkpoint folder to write
+    #[arg(short, long)]
+    pub(crate) out: PathBuf,
+    /// Write every file as it was, from what `onebase archive` has made
+    #[arg(long)]
+    pub(crate) exact: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct ArchiveArgs {
+    /// Folder of the base model, or of any checkpoint that the fine-tune was made from
+    pub(crate) base: PathBuf,
+    /// Folder of the fine-tune
+    pub(crate) fine_tune: PathBuf,
+    /// Folder of the archive to write
     #[arg(short, long)]
     pub(crate) out: PathBuf,
 }

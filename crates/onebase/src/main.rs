@@ -48,6 +48,7 @@ fn run(args: Args) -> anyhow::Result<()> {
         Command::Inspect(args) => commands::inspect::run(&args, &output),
         Command::Verify(args) => commands::verify::run(&args, &output),
         Command::Restore(args) => commands::restore::run(&args, &output),
+        Command::Archive(args) => commands::archive::run(&args, &output),
         Command::Eval(args) => commands::eval::run(&args, &output),
         Command::Compare(args) => commands::compare::run(&args, &output),
         Command::Generate(args) => commands::generate::run(&args, &output),

@@ -5,8 +5,9 @@ use std::time::Instant;
 use anyhow::{Context as _, bail};
 use onebase_codec::{Stage, stage_seconds};
 use onebase_compress::{
-    Calibration, DistillText, Distilled, Inputs, Job, Pair, Plan, Progress, Sequential, TablePlan,
-    check_calibrated, compress, compress_part, distill, expected_memory,
+    ArchiveReport, Calibration, DistillText, Distilled, Inputs, Job, Pair, Plan, Progress,
+    Sequential, TablePlan, archive, check_calibrated, compress, compress_part, distill,
+    expected_memory,
 };
 use onebase_eval::{TextFile, Watcher as _};
 use onebase_format::Checkpoint;
@@ -18,6 +19,7 @@ use onebase_model::{Model, TextModel};
 use serde_json::{Map, Value, json};
 
 use crate::args::{CompressArgs, GivenCodec};
+use crate::commands::archive::ORIGINAL_FOLDER;
 use crate::commands::calibrate::warn_of_few_tokens;
 use crate::commands::family;
 use crate::commands::inspect::summary_rows;
@@ -74,7 +76,7 @@ fn distilled(
     let passes = Passes(Stages::new());
     let (manifest, sizes, distilled) =
         distill(&base, &fine_tune, &artifact, &text, &args.out, &passes)?;
-    Ok(Written { manifest, sizes, distilled: Some(distilled) })
+    Ok(Written { manifest, sizes, distilled: Some(distilled), kept: None })
 }
 
 /// The tokens that are run to fit scales.
@@ -177,8 +179,9 @@ pub(crate) fn run(args: &CompressArgs, output: &Output) -> anyhow::Result<()> {
         let job = Job { shard, restart: args.restart };
         let written = compress_part(&pair, &plan, job, &args.out, &bar)?;
         bar.finish();
-        written.map(|(manifest, sizes)| Written { manifest, sizes, distilled: None })
+        written.map(|(manifest, sizes)| Written { manifest, sizes, distilled: None, kept: None })
     };
+    let written = written.map(|written| keep_original(args, &pair, written)).transpose()?;
     let cost = Cost {
         seconds: start.elapsed().as_secs_f64(),
         read_bytes: pair.base().size_bytes() + pair.fine_tune().size_bytes(),
@@ -210,6 +213,31 @@ struct Written {
     manifest: Manifest,
     sizes: Sizes,
     distilled: Option<Distilled>,
+    /// The archive of the fine-tune, where it is kept.
+    kept: Option<ArchiveReport>,
+}
+
+/// Archives the fine-tune in the artifact's folder, where that is asked for.
+fn keep_original(
+    args: &CompressArgs,
+    pair: &Pair,
+    mut written: Written,
+) -> anyhow::Result<Written> {
+    if args.keep_original {
+        let bar = Bar::new("archiving");
+        let target = args.out.join(ORIGINAL_FOLDER);
+        let report = archive(pair.base().dir(), pair.fine_tune().dir(), &target, &bar);
+        written.kept = Some(report.with_context(|| {
+            let (base, tuned) = (pair.base().dir().display(), pair.fine_tune().dir().display());
+            format!(
+                "the artifact is complete, its original is not; when what is said below is mended: \
+                 onebase archive {base} {tuned} -o {}",
+                target.display()
+            )
+        })?);
+        bar.finish();
+    }
+    Ok(written)
 }
 
 fn say_artifact(
@@ -219,7 +247,7 @@ fn say_artifact(
     cost: &Cost,
     output: &Output,
 ) -> anyhow::Result<()> {
-    let Written { manifest, sizes, distilled } = written;
+    let Written { manifest, sizes, distilled, kept } = written;
     let mut object = json!({
         "artifact": args.out,
         "bytes": sizes.total_bytes,
@@ -235,6 +263,9 @@ fn say_artifact(
     if let Some(distilled) = distilled {
         object["distilled"] = json!(distilled);
     }
+    if let Some(kept) = kept {
+        object["original_bytes"] = json!(kept.archive_bytes);
+    }
     output.result(&object, || {
         let mut rows = vec![vec!["artifact".to_owned(), args.out.display().to_string()]];
         rows.extend(summary_rows(manifest, sizes));
@@ -249,6 +280,9 @@ fn say_artifact(
                     number(*loss_after)
                 ),
             ]);
+        }
+        if let Some(kept) = kept {
+            rows.push(vec!["original beside it".to_owned(), bytes(kept.archive_bytes)]);
         }
         rows.push(vec![
             "time".to_owned(),

@@ -1,5 +1,6 @@
 //! One file per command.
 
+pub(crate) mod archive;
 pub(crate) mod calibrate;
 pub(crate) mod codecs;
 pub(crate) mod compare;

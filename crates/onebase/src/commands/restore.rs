@@ -4,9 +4,13 @@ use onebase_format::artifact::Artifact;
 use serde_json::json;
 
 use crate::args::RestoreArgs;
+use crate::commands::archive;
 use crate::output::{Bar, Output, bytes};
 
 pub(crate) fn run(args: &RestoreArgs, output: &Output) -> anyhow::Result<()> {
+    if args.exact {
+        return archive::restore(args, output);
+    }
     let base = Checkpoint::open(&args.base)?;
     let artifact = Artifact::open(&args.artifact)?;
     let bar = Bar::new("restoring");

@@ -1,14 +1,18 @@
 use onebase_compress::verify;
 use onebase_format::Checkpoint;
+use onebase_format::archive::Archive;
 use onebase_format::artifact::Artifact;
 use onebase_format::family::Family;
 use serde_json::json;
 
 use crate::args::VerifyArgs;
-use crate::commands::family;
+use crate::commands::{archive, family};
 use crate::output::{Bar, Output};
 
 pub(crate) fn run(args: &VerifyArgs, output: &Output) -> anyhow::Result<()> {
+    if Archive::is_at(&args.artifact) {
+        return archive::verify(args, output);
+    }
     let base = Checkpoint::open(&args.base)?;
     if Family::is_at(&args.artifact) {
         return family::verify(&base, &args.artifact, output);

@@ -1,0 +1,71 @@
+use onebase_compress::{archive, restore_archive, verify_archive};
+use onebase_format::archive::{Archive, BaseFolder};
+use serde_json::json;
+
+use crate::args::{ArchiveArgs, RestoreArgs, VerifyArgs};
+use crate::output::{Bar, Output, bytes, percent};
+
+/// Where an artifact keeps the archive of its original.
+pub(crate) const ORIGINAL_FOLDER: &str = "original";
+
+pub(crate) fn run(args: &ArchiveArgs, output: &Output) -> anyhow::Result<()> {
+    let bar = Bar::new("archiving");
+    let report = archive(&args.base, &args.fine_tune, &args.out, &bar)?;
+    bar.finish();
+    let share = report.archive_bytes as f64 / report.bytes.max(1) as f64;
+    let object = json!({ "archive": args.out, "share": share, "report": report });
+    output.result(&object, || {
+        format!(
+            "archived {} files, {}, in {}: {} of it; {} tensors against the base, {} alone",
+            report.n_files,
+            bytes(report.bytes),
+            bytes(report.archive_bytes),
+            percent(share),
+            report.n_with_base,
+            report.n_alone,
+        )
+    })
+}
+
+/// `restore --exact`.
+pub(crate) fn restore(args: &RestoreArgs, output: &Output) -> anyhow::Result<()> {
+    let kept = args.artifact.join(ORIGINAL_FOLDER);
+    let is_kept = !Archive::is_at(&args.artifact) && Archive::is_at(&kept);
+    let archive = Archive::open(if is_kept { &kept } else { &args.artifact })?;
+    let base = BaseFolder::open(&args.base)?;
+    let bar = Bar::new("restoring");
+    restore_archive(&base, &archive, &args.out, &bar)?;
+    bar.finish();
+    let (n_files, size) = size(&archive);
+    let object = json!({ "checkpoint": args.out, "files": n_files, "bytes": size });
+    output.result(&object, || {
+        let (name, out) = (&archive.manifest().fine_tune, args.out.display());
+        format!("restored {name} to {out}: {n_files} files, {}, as they were", bytes(size))
+    })
+}
+
+/// `verify` of an archive.
+pub(crate) fn verify(args: &VerifyArgs, output: &Output) -> anyhow::Result<()> {
+    let archive = Archive::open(&args.artifact)?;
+    let base = BaseFolder::open(&args.base)?;
+    let bar = Bar::new("verifying");
+    verify_archive(&base, &archive, &bar)?;
+    bar.finish();
+    let (n_files, size) = size(&archive);
+    let checked = json!({ "files": n_files, "bytes": size });
+    let object = json!({ "verified": true, "archive": args.artifact, "checked": checked });
+    output.result(&object, || {
+        format!(
+            "{} is whole and belongs to {}: {n_files} files, {}, decode to what they were",
+            args.artifact.display(),
+            args.base.display(),
+            bytes(size),
+        )
+    })
+}
+
+/// Files of the fine-tune, and their bytes.
+fn size(archive: &Archive) -> (usize, u64) {
+    let files = &archive.manifest().files;
+    (files.len(), files.iter().map(|record| record.bytes).sum())
+}
