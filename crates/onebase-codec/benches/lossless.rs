@@ -12,7 +12,6 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::collections::HashMap;
-use std::sync::LazyLock;
 use std::time::Instant;
 
 use half::{bf16, f16};
@@ -22,7 +21,7 @@ use rand_distr::{Distribution, StandardNormal};
 
 const ROUNDS: usize = 5;
 
-/// Times that each is done in a round, since the system counts in large steps.
+/// Times that each is done in a round.
 const TIMES: usize = 4;
 const N: usize = 1 << 22;
 
@@ -43,16 +42,6 @@ fn main() {
         }
     });
 }
-
-/// Seconds that this thread has run, where the system says so, which others that run meanwhile
-/// do not add to.
-fn seconds() -> f64 {
-    let nanoseconds = std::fs::read_to_string("/proc/thread-self/schedstat").ok();
-    let nanoseconds = nanoseconds.and_then(|text| text.split(' ').next()?.parse::<f64>().ok());
-    nanoseconds.map_or_else(|| START.elapsed().as_secs_f64(), |n| n / 1e9)
-}
-
-static START: LazyLock<Instant> = LazyLock::new(Instant::now);
 
 fn pair(element: Element, ratio: f32) -> (Vec<u8>, Vec<u8>) {
     let mut rng = stream(1, "lossless", 0);
@@ -99,18 +88,18 @@ fn report(what: &str, element: Element, tune: &[u8], base: Option<&[u8]>) {
     let mut out = vec![0; tune.len()];
     let mut n_bytes = 0;
     for _ in 0..ROUNDS {
-        let start = seconds();
+        let start = Instant::now();
         (0..TIMES).for_each(|_| out.copy_from_slice(std::hint::black_box(tune)));
-        copying.push(seconds() - start);
-        let start = seconds();
+        copying.push(start.elapsed().as_secs_f64());
+        let start = Instant::now();
         let mut coded = Vec::new();
         (0..TIMES).for_each(|_| coded = encode(element, tune, base_of));
-        encoding.push(seconds() - start);
+        encoding.push(start.elapsed().as_secs_f64());
         n_bytes = coded.len();
         out.fill(0);
-        let start = seconds();
+        let start = Instant::now();
         (0..TIMES).for_each(|_| decode(element, &coded, base_of, &mut out).unwrap());
-        decoding.push(seconds() - start);
+        decoding.push(start.elapsed().as_secs_f64());
         assert!(out == tune);
     }
     let entropy = match (element, base) {

@@ -289,6 +289,7 @@ impl Lanes for Avx512 {
         }
     }
 
+    #[inline(always)]
     unsafe fn rans_groups(
         slots: &Slots,
         states: &mut [u32; STATES],

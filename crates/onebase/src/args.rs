@@ -41,9 +41,9 @@ pub(crate) enum Command {
     /// Change a family that `compress --codec rqt` has made
     #[command(subcommand)]
     Family(FamilyCommand),
-    /// Show what an artifact or a family holds and what it costs
+    /// Show what an artifact, a family or an archive holds and what it costs
     Inspect(InspectArgs),
-    /// Check an artifact or a family, and that a base is the one it was made against
+    /// Check an artifact, a family or an archive, and that a base is the one it was made against
     Verify(VerifyArgs),
     /// Rebuild the fine-tune's checkpoint from base and artifact
     Restore(RestoreArgs),

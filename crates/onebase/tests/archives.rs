@@ -26,6 +26,8 @@ fn an_archive_gives_every_file_back() {
     assert!(run.stdout.starts_with("archived 5 files"), "{}", run.stdout);
     let run = onebase(["verify", &base, &out]).exits(0);
     assert!(run.stdout.contains("is whole and belongs to"), "{}", run.stdout);
+    let run = onebase(["inspect", &out]).exits(0);
+    assert!(run.stdout.contains("56 of 56 tensors against the base"), "{}", run.stdout);
     let run = onebase(["restore", &base, &out, "--exact", "-o", &back, "--json"]).exits(0);
     assert_eq!(keys(&run.object()), ["checkpoint", "files", "bytes"]);
     assert!(contents(&place.path("r")) == contents(&demo("math")));

@@ -1,9 +1,11 @@
+use std::path::Path;
+
 use onebase_compress::{archive, restore_archive, verify_archive};
-use onebase_format::archive::{Archive, BaseFolder};
+use onebase_format::archive::{Archive, BaseFolder, Compression, FileStorage};
 use serde_json::json;
 
 use crate::args::{ArchiveArgs, RestoreArgs, VerifyArgs};
-use crate::output::{Bar, Output, bytes, percent};
+use crate::output::{Bar, Output, bytes, percent, table};
 
 /// Where an artifact keeps the archive of its original.
 pub(crate) const ORIGINAL_FOLDER: &str = "original";
@@ -60,6 +62,39 @@ pub(crate) fn verify(args: &VerifyArgs, output: &Output) -> anyhow::Result<()> {
             args.artifact.display(),
             args.base.display(),
             bytes(size),
+        )
+    })
+}
+
+/// `inspect` of an archive.
+pub(crate) fn inspect(dir: &Path, output: &Output) -> anyhow::Result<()> {
+    let archive = Archive::open(dir)?;
+    let (manifest, stored) = (archive.manifest(), archive.size_bytes()?);
+    let (n_files, size) = size(&archive);
+    let share = stored as f64 / size.max(1) as f64;
+    let object = json!({ "archive": dir, "bytes": stored, "share": share, "manifest": manifest });
+    output.result(&object, || {
+        let how = |storage: &FileStorage| match storage {
+            FileStorage::Base => "the base's".to_owned(),
+            FileStorage::Whole { compression: Compression::None, .. } => "as it is".to_owned(),
+            FileStorage::Whole { compression: Compression::Zstd, .. } => "compressed".to_owned(),
+            FileStorage::Tensors { tensors, .. } => {
+                let with_base = tensors.iter().filter(|tensor| tensor.base.is_some()).count();
+                format!("{with_base} of {} tensors against the base", tensors.len())
+            }
+        };
+        let rows = manifest.files.iter().map(|file| {
+            let stored = file.storage.data().map_or(0, |(_, stored, _)| stored);
+            vec![file.path.clone(), how(&file.storage), bytes(file.bytes), bytes(stored)]
+        });
+        format!(
+            "{} against {}: {n_files} files, {}, in {}, {} of it\n{}",
+            manifest.fine_tune,
+            manifest.base,
+            bytes(size),
+            bytes(stored),
+            percent(share),
+            table(&["file", "stored", "size", "here"], 2, rows.collect())
         )
     })
 }

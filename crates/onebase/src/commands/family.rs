@@ -42,6 +42,7 @@ pub(crate) fn compress(args: &CompressArgs, rqt: &Rqt, output: &Output) -> anyho
         ("--statistics", args.statistics.is_some()),
         ("--calibration", args.calibration.is_some()),
         ("--distill", args.distill.is_some()),
+        ("--keep-original", args.keep_original),
     ];
     if let Some((option, _)) = other.iter().find(|(_, given)| *given) {
         bail!("{option} is for one fine-tune, not for a family");

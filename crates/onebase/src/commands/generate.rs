@@ -1,3 +1,4 @@
+use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::bail;
@@ -52,17 +53,15 @@ pub(crate) fn run(args: &GenerateArgs, output: &Output) -> anyhow::Result<()> {
 
 fn voices(args: &GenerateArgs, model: &Model) -> anyhow::Result<Vec<Voice>> {
     let mut voices: Vec<Voice> = Vec::new();
-    let mut deltas: Vec<(String, Artifact)> = Vec::new();
+    let mut deltas: Vec<(String, PathBuf)> = Vec::new();
     if let Some(dir) = &args.family {
         let family = Family::open(dir)?;
         for name in family.tenants()? {
-            let artifact = family.tenant(&name)?;
+            let artifact = family.tenant_folder(&name)?;
             deltas.push((name, artifact));
         }
     }
-    for delta in &args.deltas {
-        deltas.push((delta.name.clone(), Artifact::open(&delta.artifact)?));
-    }
+    deltas.extend(args.deltas.iter().map(|delta| (delta.name.clone(), delta.artifact.clone())));
     if args.with_base || deltas.is_empty() {
         let text = TextModel::from_checkpoint(model.checkpoint())?;
         voices.push(Voice { name: "base".to_owned(), tenant: None, text });
@@ -71,6 +70,7 @@ fn voices(args: &GenerateArgs, model: &Model) -> anyhow::Result<Vec<Voice>> {
         if voices.iter().any(|voice| voice.name == name) {
             bail!("the name {name} is given twice");
         }
+        let artifact = Artifact::open(&artifact)?;
         let tenant = Some(Tenant::load(model, &artifact)?);
         let text = TextModel::from_artifact(&artifact, model.checkpoint())?;
         voices.push(Voice { name, tenant, text });

@@ -1,16 +1,20 @@
 use std::collections::BTreeMap;
 
 use onebase_codec::CodecSpec;
+use onebase_format::archive::Archive;
 use onebase_format::artifact::{Artifact, CodecRecord, Manifest, Sizes, Storage};
 use onebase_format::family::Family;
 use serde_json::json;
 
 use crate::args::InspectArgs;
 use crate::commands::eval::{figures, skill};
-use crate::commands::family;
+use crate::commands::{archive, family};
 use crate::output::{Output, bytes, table};
 
 pub(crate) fn run(args: &InspectArgs, output: &Output) -> anyhow::Result<()> {
+    if Archive::is_at(&args.artifact) {
+        return archive::inspect(&args.artifact, output);
+    }
     if Family::is_at(&args.artifact) {
         return family::inspect(&args.artifact, output);
     }
