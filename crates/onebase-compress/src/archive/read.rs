@@ -11,7 +11,7 @@ use onebase_format::{Error as FormatError, Sha256, StagedFolder};
 use rayon::prelude::*;
 use sha2::Digest as _;
 
-use super::write::{io, resize};
+use super::write::{for_each_block, io, resize};
 use super::{COPY_BYTES, MAX_HEADER_BYTES, PART_BYTES, parts};
 use crate::{Error, Progress, Result};
 
@@ -153,18 +153,11 @@ fn check_base(base: &BaseFolder, archive: &Archive) -> Result<()> {
 }
 
 fn copy(file: &SourceFile, out: &mut Output, progress: &dyn Progress) -> Result<()> {
-    let mut block = vec![0; COPY_BYTES];
-    let mut at = 0;
-    while at < file.bytes() {
-        // At most a block.
-        #[allow(clippy::cast_possible_truncation)]
-        let block = &mut block[..(file.bytes() - at).min(COPY_BYTES as u64) as usize];
-        file.read(at, block)?;
+    for_each_block(file, |block| {
         out.write(block)?;
         progress.advance(block.len() as u64);
-        at += block.len() as u64;
-    }
-    Ok(())
+        Ok(())
+    })
 }
 
 /// Decompresses a file, up to the length that it should have.

@@ -110,7 +110,10 @@ fn sha256_of(file: &SourceFile) -> Result<Sha256> {
 }
 
 /// Reads a file block by block.
-fn for_each_block(file: &SourceFile, mut each: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+pub(super) fn for_each_block(
+    file: &SourceFile,
+    mut each: impl FnMut(&[u8]) -> Result<()>,
+) -> Result<()> {
     let mut block = vec![0; COPY_BYTES];
     let mut at = 0;
     while at < file.bytes() {

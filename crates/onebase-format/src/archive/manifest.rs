@@ -2,9 +2,9 @@ use std::collections::BTreeSet;
 use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
-use crate::checkpoint::{plain_name, read_json};
+use crate::artifact::read_versioned;
+use crate::checkpoint::plain_name;
 use crate::error::Error;
 use crate::safetensors_file::file_digest;
 use crate::{Digest, Result, Sha256};
@@ -151,19 +151,7 @@ impl Archive {
             let (path, expected) = (dir.to_owned(), "archive");
             return Err(Error::NotA { path, expected, missing: ARCHIVE_FILE });
         }
-        let value: Value = read_json(&path)?;
-        let got = value["format"].as_str().unwrap_or_default();
-        if got != FORMAT {
-            return Err(Error::OtherFormat { path, expected: FORMAT, got: got.to_owned() });
-        }
-        match value["version"].as_u64() {
-            Some(got) if got > u64::from(VERSION) => {
-                return Err(Error::NewerFormat { path, newest: VERSION, got });
-            }
-            _ => {}
-        }
-        let manifest: ArchiveManifest = serde_json::from_value(value)
-            .map_err(|source| Error::Json { path: path.clone(), source })?;
+        let (manifest, _) = read_versioned(&path, FORMAT, VERSION)?;
         let archive = Self { dir: dir.to_owned(), manifest };
         archive.check(&path)?;
         Ok(archive)
