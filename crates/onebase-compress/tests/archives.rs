@@ -341,4 +341,12 @@ fn what_a_killed_run_has_done_is_used_where_it_is_still_right() {
     assert_eq!(report.n_resumed, 1);
     restore(&folder.base(), &again, &folder.restored()).unwrap();
     assert!(all(&folder.restored()) == all(&folder.fine_tune()));
+    // One that has gone, so that others have its number now.
+    std::fs::remove_dir_all(&again).unwrap();
+    std::fs::remove_file(folder.fine_tune().join("a.txt")).unwrap();
+    leave(&|_| {});
+    archive(&folder.base(), &folder.fine_tune(), &again, &Silent).unwrap();
+    let anew = folder.dir.path().join("anew");
+    archive(&folder.base(), &folder.fine_tune(), &anew, &Silent).unwrap();
+    assert!(contents(&again) == contents(&anew));
 }

@@ -55,11 +55,20 @@ impl StagedFolder {
     /// cannot be written.
     pub fn create(target: &Path) -> Result<Self> {
         let folder = Self::resume(target)?;
-        let lock_path = folder.path(LOCK);
-        let entries = std::fs::read_dir(&folder.staging);
-        for entry in entries.map_err(Error::io("read", &folder.staging))? {
-            let path = entry.map_err(Error::io("read", &folder.staging))?.path();
-            if path == lock_path {
+        folder.keep_only(|_| false)?;
+        Ok(folder)
+    }
+
+    /// Removes everything in it but what has a name to be kept.
+    ///
+    /// # Errors
+    /// When something cannot be removed.
+    pub(crate) fn keep_only(&self, is_kept: impl Fn(&str) -> bool) -> Result<()> {
+        let entries = std::fs::read_dir(&self.staging).map_err(Error::io("read", &self.staging))?;
+        for entry in entries {
+            let path = entry.map_err(Error::io("read", &self.staging))?.path();
+            let name = path.file_name().and_then(|name| name.to_str());
+            if name.is_some_and(|name| name == LOCK || is_kept(name)) {
                 continue;
             }
             let removed = if path.is_dir() {
@@ -69,7 +78,7 @@ impl StagedFolder {
             };
             removed.map_err(Error::io("remove", &path))?;
         }
-        Ok(folder)
+        Ok(())
     }
 
     /// Prepares to write `target`, which must not exist, and keeps what a killed process has

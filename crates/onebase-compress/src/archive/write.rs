@@ -10,6 +10,7 @@ use serde::Serialize;
 use sha2::Digest as _;
 
 use super::{COPY_BYTES, PART_BYTES, parts};
+use crate::compress::TOOL;
 use crate::{Progress, Result};
 
 /// Files up to this length are compressed as well as can be, longer ones fast.
@@ -49,8 +50,7 @@ pub fn archive(
     target: &Path,
     progress: &dyn Progress,
 ) -> Result<ArchiveReport> {
-    let tool = concat!("onebase ", env!("CARGO_PKG_VERSION"));
-    let mut writer = ArchiveWriter::create(target, tool)?;
+    let mut writer = ArchiveWriter::create(target, TOOL)?;
     let paths = files(fine_tune)?;
     let base = BaseFolder::open(base)?;
     let mut report = ArchiveReport { n_files: paths.len(), ..ArchiveReport::default() };
@@ -63,7 +63,7 @@ pub fn archive(
     for (number, path) in (1..).zip(&paths) {
         progress.tensor(path);
         let file = SourceFile::open(&fine_tune.join(path))?;
-        let earlier = writer.earlier(path, file.bytes())?;
+        let earlier = writer.earlier(number, path, file.bytes())?;
         let record = match earlier {
             Some(record) if is_still(&record, &file, &base)? => {
                 progress.advance(file.bytes());
@@ -175,19 +175,23 @@ fn store(
     Ok(record(Sha256::finish(hasher), storage))
 }
 
+/// Whether two files of one length are the same; stops at the first difference.
 fn is_same(a: &SourceFile, b: &SourceFile) -> Result<bool> {
-    let mut other = vec![0; COPY_BYTES];
-    let (mut at, mut same) = (0, true);
-    for_each_block(a, |block| {
-        if same {
-            let other = &mut other[..block.len()];
-            b.read(at, other)?;
-            same = other == block;
-            at += block.len() as u64;
+    let mut blocks = [vec![0; COPY_BYTES], vec![0; COPY_BYTES]];
+    let mut at = 0;
+    while at < a.bytes() {
+        // At most a block.
+        #[allow(clippy::cast_possible_truncation)]
+        let len = (a.bytes() - at).min(COPY_BYTES as u64) as usize;
+        for (file, block) in [a, b].into_iter().zip(&mut blocks) {
+            file.read(at, &mut block[..len])?;
         }
-        Ok(())
-    })?;
-    Ok(same)
+        if blocks[0][..len] != blocks[1][..len] {
+            return Ok(false);
+        }
+        at += len as u64;
+    }
+    Ok(true)
 }
 
 pub(super) fn io(

@@ -4,7 +4,7 @@ use half::f16;
 use onebase_codec::rqt::{
     MAX_LEAF_BITS, Residual, Rqt, SitePath, expected_error, fitted_gains, path_energy,
 };
-use onebase_codec::{CodecSpec, DeltaLinear, Kind};
+use onebase_codec::{CodecSpec, DeltaLinear, DeltaSource as _, Kind};
 use onebase_format::artifact::{
     Artifact, ArtifactWriter, BaseRecord, CodecRecord, FileRecord, PathPart, Role, part_name,
 };
@@ -74,9 +74,9 @@ pub fn add_to_family(
         Some(tenant) => tenant.check_base(member.pair.base())?,
         None => check_base(family, member)?,
     }
-    let adding = Adding { member, nodes: Nodes::of(&tenants)?, progress };
+    let adding = Adding { member, sites: sites(member)?, nodes: Nodes::of(&tenants)?, progress };
     progress.begin(2 * member.pair.fine_tune().size_bytes());
-    let (nodes, left) = adding.best_path()?;
+    let (nodes, left, energy) = adding.best_path()?;
     let leaf = match leaf {
         Some(leaf) => Some(leaf),
         None => default_leaf(change.manifest(), family, left)?,
@@ -89,6 +89,7 @@ pub fn add_to_family(
         None => None,
     };
     let (sites, file, error) = adding.encode(&nodes, leaf.as_ref(), file)?;
+    let error = if energy > 0.0 { error / energy } else { 0.0 };
     let mut records: Vec<FileRecord> =
         nodes.iter().map(|n| adding.nodes.files[n].clone()).collect();
     let mut manifest = change.manifest().clone();
@@ -224,28 +225,29 @@ struct AddedSite {
     has_leaf: bool,
 }
 
+/// The linear sites at which a fine-tune differs from the base, by position, and its deltas.
+fn sites(member: &Member) -> Result<Vec<(usize, TensorDelta<'_>)>> {
+    let mut sites = Vec::new();
+    for (index, spec) in member.pair.specs().iter().enumerate() {
+        if spec.role != Role::Linear {
+            continue;
+        }
+        let delta = member.pair.delta(&spec.name)?;
+        if !same_bytes(&delta.base, &delta.fine_tune)? {
+            sites.push((index, delta));
+        }
+    }
+    Ok(sites)
+}
+
 struct Adding<'a> {
     member: &'a Member,
+    sites: Vec<(usize, TensorDelta<'a>)>,
     nodes: Nodes<'a>,
     progress: &'a dyn Progress,
 }
 
 impl<'a> Adding<'a> {
-    /// Linear sites, by position, and their deltas; `None` where the weights are the base's.
-    fn sites(&self) -> Result<Vec<(usize, TensorDelta<'_>)>> {
-        let mut sites = Vec::new();
-        for (index, spec) in self.member.pair.specs().iter().enumerate() {
-            if spec.role != Role::Linear {
-                continue;
-            }
-            let delta = self.member.pair.delta(&spec.name)?;
-            if !same_bytes(&delta.base, &delta.fine_tune)? {
-                sites.push((index, delta));
-            }
-        }
-        Ok(sites)
-    }
-
     /// Weights of all linear sites.
     fn n_weights(&self) -> usize {
         let specs = self.member.pair.specs().iter().filter(|spec| spec.role == Role::Linear);
@@ -256,12 +258,13 @@ impl<'a> Adding<'a> {
         &self.member.pair.specs()[index].name
     }
 
-    /// The path that leaves least, each node worth what it costs, and the share that it leaves.
-    fn best_path(&self) -> Result<(Vec<Digest>, f64)> {
+    /// The path that leaves least, each node worth what it costs, the share that it leaves, and
+    /// the energy of all deltas.
+    fn best_path(&self) -> Result<(Vec<Digest>, f64, f64)> {
         let paths: Vec<&Vec<Digest>> = self.nodes.paths.iter().collect();
         let (mut total, mut left) = (0.0, vec![0.0; paths.len()]);
-        for (index, delta) in self.sites()? {
-            let tensor = self.name(index);
+        for (index, delta) in &self.sites {
+            let tensor = self.name(*index);
             self.progress.tensor(tensor);
             let mut known = Vec::new();
             for node in self.nodes.files.keys() {
@@ -274,7 +277,7 @@ impl<'a> Adding<'a> {
             let ways: Vec<Vec<usize>> = ways.collect();
             let loaded: Vec<&dyn DeltaLinear> = known.iter().map(|(_, node)| &**node).collect();
             let (all, of_paths) =
-                path_energy(&delta, &loaded, &ways).map_err(|e| delta.explain(e))?;
+                path_energy(delta, &loaded, &ways).map_err(|e| delta.explain(e))?;
             total += all;
             left.iter_mut().zip(of_paths).for_each(|(sum, own)| *sum += own);
             self.progress.advance(delta.fine_tune.size_bytes() as u64);
@@ -288,18 +291,18 @@ impl<'a> Adding<'a> {
                 best = (cost, path.clone(), left);
             }
         }
-        Ok((best.1, best.2))
+        Ok((best.1, best.2, total))
     }
 
     /// What the file of the tenant's own codes holds.
     fn entries(&self, leaf: &CodecSpec) -> Result<Vec<TensorEntry>> {
         let mut entries = Vec::new();
-        for (index, delta) in self.sites()? {
-            let Some(parts) = leaf.parts(onebase_codec::DeltaSource::shape(&delta)) else {
+        for (index, delta) in &self.sites {
+            let Some(parts) = leaf.parts(delta.shape()) else {
                 return Err(Error::UnknownSize { codec: leaf.to_string() });
             };
             entries.extend(parts.into_iter().map(|part| TensorEntry {
-                name: part_name(self.name(index), part.name),
+                name: part_name(self.name(*index), part.name),
                 dtype: part.dtype,
                 shape: part.shape,
             }));
@@ -307,7 +310,7 @@ impl<'a> Adding<'a> {
         Ok(entries)
     }
 
-    /// Encodes every site, writes the tenant's own codes, and gives the relative error.
+    /// Encodes every site, writes the tenant's own codes, and gives the squared error.
     #[allow(clippy::type_complexity)]
     fn encode(
         &self,
@@ -316,9 +319,9 @@ impl<'a> Adding<'a> {
         mut file: Option<TensorWriter>,
     ) -> Result<(BTreeMap<usize, AddedSite>, Option<TensorWriter>, f64)> {
         let mut sites = BTreeMap::new();
-        let (mut error, mut total) = (0.0, 0.0);
-        for (index, delta) in self.sites()? {
-            let tensor = self.name(index);
+        let mut error = 0.0;
+        for (index, delta) in &self.sites {
+            let tensor = self.name(*index);
             self.progress.tensor(tensor);
             let mut loaded = Vec::new();
             let mut nodes = Vec::new();
@@ -329,9 +332,7 @@ impl<'a> Adding<'a> {
                 }
             }
             let loaded: Vec<&dyn DeltaLinear> = loaded.iter().map(|node| &**node).collect();
-            let fitted = fit(&delta, &loaded, leaf).map_err(|e| delta.explain(e))?;
-            let (energy, _) = path_energy(&delta, &[], &[]).map_err(|e| delta.explain(e))?;
-            total += energy;
+            let fitted = fit(delta, &loaded, leaf).map_err(|e| delta.explain(e))?;
             error += fitted.error;
             if let (Some(file), Some(own)) = (&mut file, fitted.leaf) {
                 for part in own.parts.values() {
@@ -339,10 +340,10 @@ impl<'a> Adding<'a> {
                 }
             }
             let has_leaf = leaf.is_some();
-            sites.insert(index, AddedSite { nodes, gains: fitted.gains, has_leaf });
+            sites.insert(*index, AddedSite { nodes, gains: fitted.gains, has_leaf });
             self.progress.advance(delta.fine_tune.size_bytes() as u64);
         }
-        Ok((sites, file, if total > 0.0 { error / total } else { 0.0 }))
+        Ok((sites, file, error))
     }
 
     #[allow(clippy::too_many_arguments)]

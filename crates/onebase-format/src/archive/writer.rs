@@ -61,16 +61,20 @@ impl ArchiveWriter {
         Ok(Self { folder, journal, tool: tool.to_owned(), earlier })
     }
 
-    /// What an earlier process has stored of a file of this path and length, if its bytes are
-    /// there; whether the file is the same is for the caller to see.
+    /// What an earlier process has stored under a number of a file of this path and length, if
+    /// its bytes are there; whether the file is the same is for the caller to see.
     ///
     /// # Errors
     /// When it cannot be read.
-    pub fn earlier(&self, path: &str, bytes: u64) -> Result<Option<FileRecord>> {
+    pub fn earlier(&self, number: usize, path: &str, bytes: u64) -> Result<Option<FileRecord>> {
         // A file may have been stored anew.
         let found = self.earlier.iter().rfind(|r| r.path == path && r.bytes == bytes);
         let Some(record) = found else { return Ok(None) };
         let Some((file, len, digest)) = record.storage.data() else { return Ok(None) };
+        // Another file has that number now, and would be written over it.
+        if file != data_name(number) {
+            return Ok(None);
+        }
         let file = self.folder.path(file);
         let whole = std::fs::metadata(&file).is_ok_and(|data| data.len() == len)
             && file_digest(&file)? == digest;
@@ -82,7 +86,7 @@ impl ArchiveWriter {
     /// # Errors
     /// When it cannot be written.
     pub fn data(&self, number: usize) -> Result<DataWriter> {
-        let name = format!("file-{number:05}.bin");
+        let name = data_name(number);
         let path = self.folder.path(&name);
         let file = File::create(&path).map_err(Error::io("create", &path))?;
         Ok(DataWriter { name, path, file, hasher: blake3::Hasher::new(), bytes: 0 })
@@ -114,16 +118,21 @@ impl ArchiveWriter {
         let path = self.folder.path(ARCHIVE_FILE);
         let text = serde_json::to_string_pretty(&manifest)
             .map_err(|source| Error::Json { path: path.clone(), source })?;
-        // Left over by a process that was killed here.
-        if path.exists() {
-            std::fs::remove_file(&path).map_err(Error::io("remove", &path))?;
-        }
+        // What an earlier process has left that is no part of this archive.
+        let named = manifest.files.iter().filter_map(|record| record.storage.data());
+        let named: Vec<&str> = named.map(|(file, ..)| file).collect();
+        self.folder.keep_only(|name| name == JOURNAL_FILE || named.contains(&name))?;
         self.folder.write(ARCHIVE_FILE, format!("{text}\n").as_bytes())?;
         drop(self.journal);
         let journal = self.folder.path(JOURNAL_FILE);
         std::fs::remove_file(&journal).map_err(Error::io("remove", &journal))?;
         self.folder.commit()
     }
+}
+
+/// What the archive's file with a number is called.
+fn data_name(number: usize) -> String {
+    format!("file-{number:05}.bin")
 }
 
 /// Writes one file of an archive, front to back.
