@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::OnceLock;
 
+use crate::bytes::{ByteKernel, PortableBytes};
 use crate::vector::{Kernel, Portable};
 #[cfg(target_arch = "x86_64")]
 use crate::x86_64;
@@ -24,6 +25,8 @@ enum Isa {
     Avx2,
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vnni,
 }
 
 /// A backend was asked for that does not exist or that this processor lacks.
@@ -54,6 +57,9 @@ impl Backend {
             }
             if x86_64::has_avx512() {
                 found.push(Backend(Isa::Avx512));
+            }
+            if x86_64::bytes::has_avx512_vnni() {
+                found.push(Backend(Isa::Avx512Vnni));
             }
         }
         found
@@ -93,7 +99,7 @@ impl Backend {
         })
     }
 
-    /// `portable`, `avx2` or `avx512`.
+    /// `portable`, `avx2`, `avx512` or `avx512vnni`.
     pub fn name(self) -> &'static str {
         match self.0 {
             Isa::Portable => "portable",
@@ -101,6 +107,8 @@ impl Backend {
             Isa::Avx2 => "avx2",
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Vnni => "avx512vnni",
         }
     }
 
@@ -118,7 +126,28 @@ impl Backend {
             Isa::Avx2 => unsafe { x86_64::with_avx2(kernel) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: the value exists only where the features were detected.
-            Isa::Avx512 => unsafe { x86_64::with_avx512(kernel) },
+            Isa::Avx512 | Isa::Avx512Vnni => unsafe { x86_64::with_avx512(kernel) },
+        }
+    }
+
+    /// Runs a kernel on this backend's vectors of bytes.
+    ///
+    /// # Safety
+    /// What the kernel's own fields promise about their pointers holds.
+    #[inline]
+    pub(crate) unsafe fn run_bytes<K: ByteKernel>(self, kernel: K) -> K::Output {
+        match self.0 {
+            // SAFETY: plain code; the kernel's promises are the caller's.
+            Isa::Portable => unsafe { kernel.run::<PortableBytes>() },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the value exists only where the features were detected.
+            Isa::Avx2 => unsafe { x86_64::bytes::with_avx2(kernel) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the value exists only where the features were detected.
+            Isa::Avx512 => unsafe { x86_64::bytes::with_avx512(kernel) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the value exists only where the features were detected.
+            Isa::Avx512Vnni => unsafe { x86_64::bytes::with_avx512_vnni(kernel) },
         }
     }
 }

@@ -15,17 +15,22 @@
 
 mod attention;
 mod backend;
+mod bytes;
 mod dense;
 mod elementwise;
 mod fit;
 mod gathered;
+mod integer;
 mod lowbit;
 pub mod naive;
 mod parallel;
+mod quantize;
 pub mod rans;
 mod sign;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_integer;
 pub mod thin;
 mod tiles;
 mod vector;
@@ -37,6 +42,7 @@ pub use attention::Attention;
 pub use backend::{Backend, ENV_OVERRIDE, UnavailableBackend};
 pub use elementwise::{add_assign, rms_norm, silu_mul};
 pub use gathered::Gathered;
+pub use integer::{Mixed, Parts, QuantizedRows, low_bytes, mixed_sums, pack_low};
 pub use lowbit::{Affine, LowBit, MAX_BITS};
 pub use sign::Sign;
 pub use vector::{LANES, plane_bytes};

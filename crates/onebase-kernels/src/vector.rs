@@ -29,6 +29,10 @@ pub(crate) trait Lanes: Copy {
     unsafe fn load(from: *const f32) -> Self;
     unsafe fn load_bf16(from: *const bf16) -> Self;
     unsafe fn load_f16(from: *const f16) -> Self;
+    /// Sixteen signed bytes.
+    unsafe fn load_i8(from: *const u8) -> Self;
+    /// The low or the high nibbles of sixteen bytes, less eight.
+    unsafe fn load_nibbles<const HIGH: bool>(from: *const u8) -> Self;
     unsafe fn store(self, to: *mut f32);
     /// Asks for the cache line at an address, which need not be readable.
     unsafe fn prefetch(at: *const u8);
@@ -172,6 +176,20 @@ impl Lanes for Portable {
         // SAFETY: readable for sixteen elements by the trait's contract.
         let raw = unsafe { from.cast::<[u16; LANES]>().read_unaligned() };
         Self(raw.map(|bits| f16::from_bits(bits).to_f32()))
+    }
+
+    #[inline(always)]
+    unsafe fn load_i8(from: *const u8) -> Self {
+        // SAFETY: readable for sixteen elements by the trait's contract.
+        let raw = unsafe { from.cast::<[u8; LANES]>().read_unaligned() };
+        Self(raw.map(|byte| f32::from(byte.cast_signed())))
+    }
+
+    #[inline(always)]
+    unsafe fn load_nibbles<const HIGH: bool>(from: *const u8) -> Self {
+        // SAFETY: readable for sixteen elements by the trait's contract.
+        let raw = unsafe { from.cast::<[u8; LANES]>().read_unaligned() };
+        Self(raw.map(|byte| f32::from(if HIGH { byte >> 4 } else { byte & 15 }) - 8.0))
     }
 
     #[inline(always)]
