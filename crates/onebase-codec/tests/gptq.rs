@@ -127,6 +127,14 @@ impl Oracle {
                         margin = margin.min((code.fract() - 0.5).abs());
                         step * (2.0 * code.round() - most)
                     }
+                    Some(Grid::Signed { n_low, bits, scales }) => {
+                        let part = usize::from(perm[j] >= *n_low);
+                        let half = f64::from(1u32 << (bits[part] - 1));
+                        let scale = f64::from(scales[r][part]);
+                        let code = (value / scale).clamp(-half, half - 1.0);
+                        margin = margin.min((code.fract().abs() - 0.5).abs());
+                        scale * code.round()
+                    }
                     Some(Grid::Range(grid)) => {
                         let g = grid.group_size;
                         let group: Vec<f64> = if g >= n {
@@ -198,6 +206,7 @@ fn it_is_the_program_of_the_paper() {
         let h = moment(n, dead);
         let rows: Vec<f32> = gaussian("rows", n_rows).iter().map(|x| x.abs() + 0.3).collect();
         let columns: Vec<f32> = gaussian("columns", n).iter().map(|x| (x / 3.0).exp()).collect();
+        let scales: Vec<[f32; 2]> = rows.iter().map(|x| [x * 0.8, x * 0.2]).collect();
         let mut grids = Vec::new();
         for bits in [1, 2, 3, 4, 8] {
             for group_size in [1, 7, 16, 96, 128, 130, 200, 256, 391, 1000] {
@@ -213,6 +222,7 @@ fn it_is_the_program_of_the_paper() {
         for bits in &widths {
             grids.push(Grid::Steps { bits, rows: &rows, columns: &columns });
         }
+        grids.push(Grid::Signed { n_low: n - n / 8, bits: [3, 5], scales: &scales });
         for order in ORDERS {
             let factor = HessianFactor::new(&h, n, order, DAMPING).unwrap();
             let oracle = Oracle::new(&h, n, order);
@@ -363,6 +373,7 @@ fn without_data_the_nearest_is_taken() {
         Grid::Range(range(3, n)),
         Grid::Range(range(2, 140)),
         Grid::Steps { bits: &vec![3; n], rows: &rows, columns: &columns },
+        Grid::Signed { n_low: 131, bits: [3, 3], scales: &vec![[0.5, 0.25]; n_rows] },
     ];
     for grid in &grids {
         let got = gptq(&w, &factor, grid);
@@ -377,6 +388,9 @@ fn without_data_the_nearest_is_taken() {
                         got.scale[at] * (f32::from(code) - f32::from(got.zero[at]))
                     }
                     Grid::Steps { .. } => 0.125 * (2.0 * f32::from(code) - 7.0),
+                    Grid::Signed { n_low, scales, .. } => {
+                        scales[r][usize::from(j >= *n_low)] * (f32::from(code) - 4.0)
+                    }
                 };
                 let n_levels =
                     if matches!(grid, Grid::Range(RangeGrid { bits: 2, .. })) { 4 } else { 8 };

@@ -18,12 +18,12 @@
 
 use std::ops::Range;
 
-use onebase_kernels::{Backend, plane_bytes};
+use onebase_kernels::Backend;
 use onebase_tensor::{EncodedDelta, MatrixMut, MatrixRef, PartShapes, PartSpec};
 
 use crate::factors::Factors;
 use crate::numerics::{truncated_svd, truncated_svd_bytes};
-use crate::signs::{Signs, finite_sum};
+use crate::signs::{SignScale, Signs, finite_sum};
 use crate::source::{Less, take};
 use crate::svd_options::{SEED, SVD, svd_method};
 use crate::{Codec, DeltaLinear, DeltaSource, Kind, OptionSpec, Options, Rescale, Result};
@@ -71,7 +71,7 @@ impl Codec for Dqrelo {
     }
 
     fn parts(&self, options: &Options, shape: [usize; 2]) -> Option<Vec<PartSpec>> {
-        let mut parts = Signs::parts(shape, true).to_vec();
+        let mut parts = Signs::parts(shape, SignScale::Matrix).to_vec();
         let rank = rank(options, shape);
         if rank > 0 {
             parts.extend(Factors::parts(shape, rank));
@@ -94,14 +94,14 @@ impl Codec for Dqrelo {
             Ok(Factors::from_svd(&truncated_svd(of, rank, method)?, shape))
         };
         let (signs, factors) = if options.choice("order") == "sign-first" {
-            let signs = Signs::fit(delta, true)?;
+            let signs = Signs::fit(delta, SignScale::Matrix)?;
             let less = |rows, weights: &mut [f32]| signs.take_off(rows, weights);
             let factors = factors(&Less { delta, taken: &less })?;
             (signs, factors)
         } else {
             let factors = factors(delta)?;
             let less = |rows, weights: &mut [f32]| take(weights, |w| factors.write_rows(rows, w));
-            let signs = Signs::fit(&Less { delta, taken: &less }, true)?;
+            let signs = Signs::fit(&Less { delta, taken: &less }, SignScale::Matrix)?;
             (signs, factors)
         };
         let [(scale_shape, scale), (sign_shape, sign)] = signs.into_data();
@@ -118,15 +118,13 @@ impl Codec for Dqrelo {
         let shape @ [n_rows, n_cols] = delta.shape;
         let rank = rank(options, shape);
         let mut parts = delta.into_parts();
-        let scale = parts.take_f32("scale", &[1])?[0];
-        let bits = parts.take_u8("sign", &[n_rows, plane_bytes(n_cols)])?;
+        let signs = Signs::take(shape, SignScale::Matrix, &mut parts)?;
         let (mut u, mut v) = (Vec::new(), Vec::new());
         if rank > 0 {
             u = parts.take_bf16("u", &[n_rows, rank])?;
             v = parts.take_bf16("v", &[rank, n_cols])?;
         }
         parts.finish()?;
-        let signs = Signs::with_shared_scale(shape, bits, scale);
         Ok(Box::new(DqreloDelta { shape, signs, factors: Factors::new(shape, rank, u, v) }))
     }
 }

@@ -3,7 +3,8 @@
 //! It goes beyond D-QRELO (see the codec `dqrelo`); none of this is that paper's.
 //! Every step can be left out, so that what each is worth can be seen:
 //!
-//! - `scale=row`: a scale for each row in place of one for the matrix.
+//! - `scale=row`: a scale for each row in place of one for the matrix; `parts`: two, as of the
+//!   codec `sign`.
 //! - `start=low-rank` and `rounds`: the decomposition first, then signs of what it leaves,
 //!   then the decomposition of what these leave, and so on. With exact factors no
 //!   step can raise the error, as each is the best for the other; with coded ones one
@@ -23,7 +24,7 @@ use onebase_tensor::{EncodedDelta, MatrixMut, MatrixRef, PartData, PartShapes, P
 use crate::coded_factors::CodedFactors;
 use crate::factors::Factors;
 use crate::numerics::{truncated_svd, truncated_svd_bytes};
-use crate::signs::{Signs, finite_sum};
+use crate::signs::{SignScale, Signs, finite_sum};
 use crate::source::{Less, take};
 use crate::svd_options::{SEED, SVD, svd_method};
 use crate::{Codec, DeltaLinear, DeltaSource, Kind, OptionSpec, Options, Result};
@@ -59,7 +60,7 @@ impl Codec for DqreloPlus {
             OptionSpec {
                 name: "scale",
                 doc: "what shares a scale of the signs",
-                kind: Kind::Choice(&["row", "matrix"]),
+                kind: Kind::Choice(SignScale::WORDS),
             },
             OptionSpec {
                 name: "start",
@@ -123,7 +124,7 @@ impl Codec for DqreloPlus {
         };
         let signs = |product: &Product| {
             let less = |rows, weights: &mut [f32]| take(weights, |w| product.write_rows(rows, w));
-            Signs::fit_measured(&Less { delta, taken: &less }, layout.shared_scale)
+            Signs::fit_measured(&Less { delta, taken: &less }, layout.scale)
         };
         let product_beside = |signs: &Signs| {
             let less = |rows, weights: &mut [f32]| signs.take_off(rows, weights);
@@ -133,7 +134,7 @@ impl Codec for DqreloPlus {
         let first = if options.choice("start") == "low-rank" {
             product(delta)?
         } else {
-            product_beside(&Signs::fit(delta, layout.shared_scale)?)?
+            product_beside(&Signs::fit(delta, layout.scale)?)?
         };
         let (fitted, lost) = signs(&first)?;
         let mut best = (lost, fitted, first);
@@ -158,12 +159,7 @@ impl Codec for DqreloPlus {
         let Layout { shape, rank, .. } = layout;
         let [n_rows, n_cols] = shape;
         let mut parts = delta.into_parts();
-        let bits = parts.take_u8("sign", &[n_rows, plane_bytes(n_cols)])?;
-        let signs = if layout.shared_scale {
-            Signs::with_shared_scale(shape, bits, parts.take_f32("scale", &[1])?[0])
-        } else {
-            Signs::with_row_scales(shape, bits, &parts.take_bf16("scale", &[n_rows])?)
-        };
+        let signs = Signs::take(shape, layout.scale, &mut parts)?;
         let product = match layout.factor_bits {
             _ if rank == 0 => None,
             Some(bits) => {
@@ -186,7 +182,7 @@ impl Codec for DqreloPlus {
 /// Options and shape, and what follows from them.
 struct Layout {
     shape: [usize; 2],
-    shared_scale: bool,
+    scale: SignScale,
     /// Bits per code, where factors are coded.
     factor_bits: Option<usize>,
     /// The greatest rank at which all parts have no more than the bits allow.
@@ -196,11 +192,10 @@ struct Layout {
 impl Layout {
     fn new(options: &Options, shape: [usize; 2]) -> Self {
         let [n_rows, n_cols] = shape;
-        let shared_scale = options.choice("scale") == "matrix";
+        let scale = SignScale::of(options.choice("scale"));
         let factor_bits =
             (options.choice("factors") == "coded").then(|| options.int("factor_bits"));
-        let scale_bytes = if shared_scale { 4 } else { 2 * n_rows };
-        let fixed = n_rows * plane_bytes(n_cols) + scale_bytes;
+        let fixed = n_rows * plane_bytes(n_cols) + scale.part(n_rows).size_bytes();
         #[allow(
             clippy::cast_precision_loss,
             clippy::cast_possible_truncation,
@@ -216,11 +211,11 @@ impl Layout {
             let middle = usize::midpoint(rank, above);
             if fixed + size(middle) <= allowed { rank = middle } else { above = middle }
         }
-        Self { shape, shared_scale, factor_bits, rank }
+        Self { shape, scale, factor_bits, rank }
     }
 
     fn parts(&self) -> Vec<PartSpec> {
-        let mut parts = Signs::parts(self.shape, self.shared_scale).to_vec();
+        let mut parts = Signs::parts(self.shape, self.scale).to_vec();
         match self.factor_bits {
             _ if self.rank == 0 => {}
             Some(bits) => parts.extend(CodedFactors::parts(self.shape, bits, self.rank)),

@@ -4,21 +4,23 @@
 //! which the scales can be changed in the parts.
 //!
 //! `scale=matrix` is the paper's: one α for the whole matrix; `scale=row` has one
-//! for each output feature. As in the paper's text the sign of zero is −1; the
+//! for each output feature, and `scale=parts` two, of which the second is that of the last
+//! eighth of its inputs: those that a base quantized by ResQ has in more bits, in front of
+//! which errors of the base outweigh what a fine-tune has changed. As in the paper's text the sign of zero is −1; the
 //! authors' program maps it to +1.
 
 use std::ops::Range;
 
-use onebase_kernels::{Backend, plane_bytes};
+use onebase_kernels::Backend;
 use onebase_tensor::{EncodedDelta, MatrixMut, MatrixRef, PartShapes, PartSpec};
 
-use crate::signs::Signs;
+use crate::signs::{SignScale, Signs};
 use crate::{Codec, DeltaLinear, DeltaSource, Kind, OptionSpec, Options, Rescale, Result};
 
 /// Part `sign`: `[out_features, plane_bytes]`, U8, 1 where the delta is positive;
 /// bit `k mod 8` of byte `k / 8` belongs to input feature `k`, rows are padded to
-/// whole 16 features. Part `scale`: `[out_features]` BF16 per row, `[1]` F32 per
-/// matrix.
+/// whole 16 features. Part `scale`: `[out_features]` BF16 per row, `[out_features, 2]` per
+/// part of a row, `[1]` F32 per matrix.
 pub(super) struct Sign;
 
 impl Codec for Sign {
@@ -38,7 +40,7 @@ impl Codec for Sign {
         &[OptionSpec {
             name: "scale",
             doc: "what shares a scale",
-            kind: Kind::Choice(&["row", "matrix"]),
+            kind: Kind::Choice(SignScale::WORDS),
         }]
     }
 
@@ -47,7 +49,7 @@ impl Codec for Sign {
     }
 
     fn parts(&self, options: &Options, shape: [usize; 2]) -> Option<Vec<PartSpec>> {
-        Some(Signs::parts(shape, !per_row(options)).to_vec())
+        Some(Signs::parts(shape, scale(options)).to_vec())
     }
 
     fn working_bytes(&self, _: &Options, shape: [usize; 2]) -> usize {
@@ -55,21 +57,16 @@ impl Codec for Sign {
     }
 
     fn encode(&self, options: &Options, delta: &dyn DeltaSource) -> Result<EncodedDelta> {
-        let signs = Signs::fit(delta, !per_row(options))?;
+        let signs = Signs::fit(delta, scale(options))?;
         let [(scale_shape, scale), (sign_shape, sign)] = signs.into_data();
         let parts = [("scale", scale_shape, scale), ("sign", sign_shape, sign)];
         Ok(EncodedDelta::new(delta.shape(), parts))
     }
 
     fn prepare(&self, options: &Options, delta: EncodedDelta) -> Result<Box<dyn DeltaLinear>> {
-        let shape @ [n_rows, n_cols] = delta.shape;
+        let shape = delta.shape;
         let mut parts = delta.into_parts();
-        let bits = parts.take_u8("sign", &[n_rows, plane_bytes(n_cols)])?;
-        let signs = if per_row(options) {
-            Signs::with_row_scales(shape, bits, &parts.take_bf16("scale", &[n_rows])?)
-        } else {
-            Signs::with_shared_scale(shape, bits, parts.take_f32("scale", &[1])?[0])
-        };
+        let signs = Signs::take(shape, scale(options), &mut parts)?;
         parts.finish()?;
         Ok(Box::new(SignDelta { shape, signs }))
     }
@@ -81,8 +78,8 @@ impl Rescale for Sign {
     }
 }
 
-fn per_row(options: &Options) -> bool {
-    options.choice("scale") == "row"
+fn scale(options: &Options) -> SignScale {
+    SignScale::of(options.choice("scale"))
 }
 
 struct SignDelta {

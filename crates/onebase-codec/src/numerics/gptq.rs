@@ -126,6 +126,24 @@ pub enum Grid<'a> {
         /// A factor of it, by column: `[C]`, ≥ 0.
         columns: &'a [f32],
     },
+    /// Given scales, one for the first columns of a row and one for the others:
+    /// `scale · (code − 2^(bits − 1))`.
+    Signed {
+        /// Columns of the first part.
+        n_low: usize,
+        /// Bits of a code in each part, 1 to 8.
+        bits: [u32; 2],
+        /// Scales of each part, by row: `[R, 2]`, > 0.
+        scales: &'a [[f32; 2]],
+    },
+}
+
+/// The code of a value on a grid of [`Grid::Signed`], and the value that it stands for.
+fn signed(value: f32, scale: f32, bits: u32) -> (u8, f32) {
+    let zero = f32::from(1u8 << (bits - 1));
+    let code = ((value / scale).round_ties_even() + zero).clamp(0.0, most_code(bits));
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+    (code as u8, scale * (code - zero))
 }
 
 /// A matrix `[R, C]` on a grid.
@@ -160,6 +178,11 @@ impl Grid<'_> {
                     Grid::Steps { bits, rows, columns } => {
                         rows[r] * columns[column] * odd(code, u32::from(bits[column]))
                     }
+                    Grid::Signed { n_low, bits, scales } => {
+                        let part = usize::from(column >= *n_low);
+                        let zero = f32::from(1u8 << (bits[part] - 1));
+                        scales[r][part] * (f32::from(code) - zero)
+                    }
                 };
             }
         }
@@ -188,6 +211,11 @@ pub fn gptq(w: &[f32], factor: &HessianFactor, grid: &Grid<'_>) -> Rounded {
             assert_eq!(bits.len(), n, "bits of columns");
             0
         }
+        Grid::Signed { bits, scales, .. } => {
+            assert!(bits.iter().all(|bits| (1..=8).contains(bits)), "bits of {bits:?}");
+            assert_eq!(scales.len(), n_rows, "scales of rows");
+            0
+        }
     };
     let mut out = Rounded {
         codes: vec![0; w.len()],
@@ -209,6 +237,7 @@ pub fn gptq(w: &[f32], factor: &HessianFactor, grid: &Grid<'_>) -> Rounded {
         tiles.into_par_iter().for_each(|tile| match grid {
             Grid::Range(grid) => tile.on_range(factor, grid),
             Grid::Steps { bits, rows, columns } => tile.on_steps(factor, bits, rows, columns),
+            Grid::Signed { n_low, bits, scales } => tile.on_signed(factor, *n_low, *bits, scales),
         });
     }
     out
@@ -283,6 +312,24 @@ impl Tile<'_> {
                     let code = code as u8;
                     self.codes[r * n + column] = code;
                     step * odd(code, bits)
+                });
+            });
+        }
+    }
+
+    fn on_signed(self, factor: &HessianFactor, n_low: usize, bits: [u32; 2], scales: &[[f32; 2]]) {
+        let n = factor.n();
+        let mut walk = Walk::new(self.w, factor);
+        for span in spans(0..n, BLOCK) {
+            walk.start(span.clone());
+            walk.blocks(span, BLOCK, |r, mut lane| {
+                let first = lane.first;
+                self.loss[r] += lane.round(0..lane.len(), lane.len(), |j, value| {
+                    let column = factor.column(first + j);
+                    let part = usize::from(column >= n_low);
+                    let (code, value) = signed(value, scales[self.first + r][part], bits[part]);
+                    self.codes[r * n + column] = code;
+                    value
                 });
             });
         }

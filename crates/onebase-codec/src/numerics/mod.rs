@@ -5,6 +5,7 @@ mod eigen;
 mod gptq;
 mod hessian;
 mod memory;
+mod orthogonal;
 mod products;
 mod randomized;
 mod truncated;
@@ -14,6 +15,7 @@ pub use eigen::{Eigen, symmetric_eigen, symmetric_eigenvalues};
 pub use gptq::{Grid, RangeGrid, Rounded, ScaleFormat, gptq, gptq_bytes, zero_loss};
 pub use hessian::{ColumnOrder, DAMPING, HessianFactor};
 pub use memory::truncated_svd_bytes;
+pub use orthogonal::random_orthogonal;
 pub use products::{gram, product, product_transposed};
 pub use truncated::{SvdMethod, Truncated, gram_of_shorter_side, truncated_svd};
 
