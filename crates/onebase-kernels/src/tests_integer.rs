@@ -166,7 +166,8 @@ fn extreme_inputs_are_quantized_to_numbers_or_none() {
             let rows = backend.quantize_rows(MatrixRef::new(&x, 1, 5).unwrap(), parts, [4, 8]);
             let mut values = [0.0; 5];
             rows.write_row(0, &mut values);
-            assert!(values[..3].iter().all(|v| v.is_nan()) && values[3..] == [-1.0, 1.0]);
+            assert!(values[..3].iter().all(|v| v.is_nan()), "{bad}");
+            assert!(values[3..].iter().all(|v| (v.abs() - 1.0).abs() < 0.01), "{bad}");
         }
     }
 }
