@@ -6,6 +6,9 @@
 
 use crate::vector::LANES;
 
+/// From here on the numbers of f32 are one apart.
+const WHOLE: f32 = 8_388_608.0;
+
 /// The range of numbers and zero. Neither end is a number when one of them is not finite.
 #[inline(always)]
 pub(crate) fn range(x: &[f32]) -> [f32; 2] {
@@ -51,24 +54,15 @@ pub(crate) fn zero_point([low, high]: [f32; 2], step: f32, top: f32) -> f32 {
 /// Codes of numbers: `round(x / step) + zero`, from 0 to `top`.
 #[inline(always)]
 pub(crate) fn codes(x: &[f32], step: f32, zero: f32, top: f32, codes: &mut [u8]) {
-    let (chunks, rest) = x.as_chunks::<LANES>();
-    let (to, to_rest) = codes.split_at_mut(chunks.len() * LANES);
-    for (chunk, to) in chunks.iter().zip(to.as_chunks_mut::<LANES>().0) {
-        for (v, to) in chunk.iter().zip(to) {
-            *to = code(*v, step, zero, top);
+    for (v, to) in x.iter().zip(codes) {
+        let code = (v / step).round_ties_even() + zero;
+        // What is not a number becomes zero.
+        let code = if code > 0.0 { code } else { 0.0 };
+        let code = if code < top { code } else { top };
+        // The lowest bits of a sum with a power of two that leaves no fraction.
+        #[allow(clippy::cast_possible_truncation)]
+        {
+            *to = (code + WHOLE).to_bits() as u8;
         }
-    }
-    for (v, to) in rest.iter().zip(to_rest) {
-        *to = code(*v, step, zero, top);
-    }
-}
-
-#[inline(always)]
-fn code(x: f32, step: f32, zero: f32, top: f32) -> u8 {
-    let code = ((x / step).round_ties_even() + zero).clamp(0.0, top);
-    // At most 255 by the clamp, and what is not a number becomes zero.
-    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-    {
-        code as i32 as u8
     }
 }
