@@ -110,9 +110,7 @@ impl Budget {
     pub(crate) fn holds(self, sizes: &Sizes, pair: &Pair) -> bool {
         match self {
             Budget::BitsPerWeight(bits) => sizes.effective_bpw_linear() <= bits,
-            Budget::Share(share) => {
-                sizes.total_bytes as f64 <= share * pair.fine_tune.size_bytes() as f64
-            }
+            Budget::Share(share) => sizes.total_bytes as f64 <= share * pair.fine_tune_bytes as f64,
             Budget::Bytes(bytes) => sizes.total_bytes <= bytes,
         }
     }
@@ -124,7 +122,7 @@ impl Budget {
         match self {
             Budget::BitsPerWeight(_) => format!("{}bpw", up(sizes.effective_bpw_linear())),
             Budget::Share(_) => {
-                let share = sizes.total_bytes as f64 / pair.fine_tune.size_bytes() as f64;
+                let share = sizes.total_bytes as f64 / pair.fine_tune_bytes as f64;
                 format!("{}%", up(100.0 * share))
             }
             Budget::Bytes(_) => format!("{}B", sizes.total_bytes),

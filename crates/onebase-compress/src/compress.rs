@@ -199,7 +199,8 @@ pub(crate) fn put_side_files(pair: &Pair, writer: &mut ArtifactWriter) -> Result
             continue;
         }
         if let Some(bytes) = pair.fine_tune.side_file(name)? {
-            if pair.base.side_file(name)?.as_ref() == Some(&bytes) {
+            let may_inherit = pair.inherits_config || name != CONFIG_FILE;
+            if may_inherit && pair.base.side_file(name)?.as_ref() == Some(&bytes) {
                 writer.inherit_file(name, &bytes)?;
             } else {
                 writer.put_file(name, &bytes)?;

@@ -26,6 +26,64 @@ pub enum Error {
         /// NaN or ∞.
         got: f32,
     },
+    /// A decomposition failed.
+    #[error("the rotations could not be computed")]
+    Numerics(#[source] onebase_codec::Error),
+    /// A base that is quantized cannot be quantized again.
+    #[error("{} is quantized already", path.display())]
+    AlreadyQuantized {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// Bases with experts cannot be quantized.
+    #[error("{} has experts, which cannot be quantized", path.display())]
+    QuantizedExperts {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// What is served on a quantized base is in no checkpoint's basis.
+    #[error("{} is quantized: nothing can be restored on it", path.display())]
+    RestoreOnQuantized {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// A quantized base was expected.
+    #[error("{} is not a quantized base", path.display())]
+    NotQuantized {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// A rotated model does not compute what its original does.
+    #[error(
+        "{}: the logits of the rotated model differ by {got:.2e} of their length, expected at \
+         most {expected:.0e}",
+        path.display()
+    )]
+    RotationFailed {
+        /// The base.
+        path: PathBuf,
+        /// How far the logits are apart.
+        got: f64,
+        /// How far they may be.
+        expected: f64,
+    },
+    /// The full base is not the one that was quantized.
+    #[error(
+        "{} was not quantized from this base: {tensor} has the digest {got} in its basis, \
+         expected {}",
+        quantized.display(),
+        expected.map_or_else(|| "no such tensor".to_owned(), |digest| digest.to_string())
+    )]
+    OtherFull {
+        /// The quantized base.
+        quantized: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// What its record says.
+        expected: Option<onebase_format::Digest>,
+        /// That of the given base.
+        got: onebase_format::Digest,
+    },
     /// A codec failed on a tensor.
     #[error("{}: tensor {tensor}", path.display())]
     Codec {
@@ -186,9 +244,33 @@ impl Error {
         match self {
             Error::Format(e) => e.hint(),
             Error::Model(e) => e.hint(),
-            Error::Codec { source, .. } => source.hint(),
+            Error::Codec { source, .. } | Error::Numerics(source) => source.hint(),
             Error::NotFinite { .. } => Some(
                 "a checkpoint with NaN or ∞ is broken; look for a diverged training run".into(),
+            ),
+            Error::NotQuantized { .. } => Some(
+                "`onebase quantize` makes one; `onebase compress` without --full-base is for \
+                 others"
+                    .into(),
+            ),
+            Error::RestoreOnQuantized { .. } => Some(
+                "an artifact that was compressed against the full base restores there; `onebase \
+                 archive` keeps a fine-tune to the byte"
+                    .into(),
+            ),
+            Error::AlreadyQuantized { .. } => {
+                Some("quantize the 16- or 32-bit model that it was made of".into())
+            }
+            Error::QuantizedExperts { .. } => Some("serve its deltas on the 16-bit base".into()),
+            Error::RotationFailed { .. } => Some(
+                "weights of very different sizes lose digits when they are rotated; --method rtn \
+                 rotates nothing"
+                    .into(),
+            ),
+            Error::OtherFull { .. } => Some(
+                "give the model that was quantized; on another kind of processor its rotation may \
+                 differ in the last digits: leave out --full-base there"
+                    .into(),
             ),
             Error::Lossless { .. } => Some(
                 "the archive was altered after it was written; fetch it again. Its other tensors \

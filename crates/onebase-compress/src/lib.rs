@@ -16,6 +16,7 @@ mod model_card;
 mod pair;
 mod plan;
 mod progress;
+mod quantize;
 mod restore;
 mod verify;
 
@@ -38,6 +39,10 @@ pub use model_card::updated_model_card;
 pub use pair::{Pair, TensorDelta};
 pub use plan::{Inputs, Plan, TablePlan, VectorPlan};
 pub use progress::{Progress, Silent};
+pub use quantize::{
+    QuantizeOptions, QuantizeText, Quantized, Reference, RotatedPair, Rounding, linear_bits,
+    open_rotated, quantize,
+};
 pub use restore::restore;
 pub use verify::{Verified, prepared, verify};
 

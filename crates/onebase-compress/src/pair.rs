@@ -18,6 +18,11 @@ pub struct Pair {
     pub(crate) fine_tune: Checkpoint,
     /// The fine-tune's tensors.
     pub(crate) specs: Vec<TensorSpec>,
+    /// Whether the fine-tune's configuration may be taken from the base that an artifact is
+    /// loaded against, where it is the same.
+    pub(crate) inherits_config: bool,
+    /// Bytes of the fine-tune's tensors as the user has them.
+    pub(crate) fine_tune_bytes: u64,
 }
 
 impl Pair {
@@ -38,7 +43,19 @@ impl Pair {
         base_config.check_fine_tune(&config, fine_tune.dir())?;
         check_tensors(&base, &base_config)?;
         check_tensors(&fine_tune, &config)?;
-        Ok(Self { base, fine_tune, specs: tensor_specs(&config) })
+        let (specs, fine_tune_bytes) = (tensor_specs(&config), fine_tune.size_bytes());
+        Ok(Self { base, fine_tune, specs, inherits_config: true, fine_tune_bytes })
+    }
+
+    /// The same pair, its checkpoints standing for others: the base for one with another
+    /// configuration, the fine-tune for one of this many bytes.
+    pub(crate) fn standing_for(self, fine_tune_bytes: u64) -> Self {
+        Self { inherits_config: false, fine_tune_bytes, ..self }
+    }
+
+    /// Bytes of the fine-tune's tensors as the user has them.
+    pub fn fine_tune_bytes(&self) -> u64 {
+        self.fine_tune_bytes
     }
 
     /// The base.

@@ -5,14 +5,14 @@ use onebase_format::artifact::{Artifact, Storage};
 use onebase_format::{
     CONFIG_FILE, Checkpoint, SIDE_FILES, StagedFolder, Tensor, TensorEntry, TensorWriter,
 };
-use onebase_model::TensorSpec;
+use onebase_model::{ModelConfig, TensorSpec};
 use onebase_tensor::DType;
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
 use crate::pair::read_widened;
 use crate::verify::{fine_tune_specs, prepared};
-use crate::{Progress, Result};
+use crate::{Error, Progress, Result};
 
 /// Data bytes of a shard, as the ecosystem's tools split checkpoints.
 const SHARD_BYTES: u64 = 5_000_000_000;
@@ -37,6 +37,10 @@ pub fn restore(
 ) -> Result<()> {
     let folder = StagedFolder::create(target)?;
     artifact.check_files()?;
+    let config = ModelConfig::from_json(base.config(), base.dir())?;
+    if config.quantization.is_some() {
+        return Err(Error::RestoreOnQuantized { path: base.dir().to_owned() });
+    }
     artifact.check_base(base)?;
     let specs = fine_tune_specs(base, artifact)?;
     let mut entries = Vec::new();

@@ -1,6 +1,7 @@
 use onebase_codec::DeltaLinear;
 use onebase_format::Checkpoint;
 use onebase_format::artifact::{Artifact, MANIFEST_FILE, Role, Storage};
+use onebase_model::quantized::base_digests;
 use onebase_model::{ModelConfig, TensorSpec};
 use rayon::prelude::*;
 use serde::Serialize;
@@ -30,7 +31,7 @@ pub struct Verified {
 pub fn verify(base: &Checkpoint, artifact: &Artifact, progress: &dyn Progress) -> Result<Verified> {
     progress.begin(base.size_bytes());
     artifact.check_files()?;
-    artifact.check_base(base)?;
+    check_base(base, artifact)?;
     let specs = fine_tune_specs(base, artifact)?;
     let manifest = artifact.manifest();
     for name in manifest.inherited.keys() {
@@ -43,22 +44,31 @@ pub fn verify(base: &Checkpoint, artifact: &Artifact, progress: &dyn Progress) -
             n_deltas += 1;
             check_finite(artifact, &spec.name, &*delta)?;
         }
-        progress.advance(base.tensor(&spec.name)?.size_bytes() as u64);
+        if base.contains(&spec.name) {
+            progress.advance(base.tensor(&spec.name)?.size_bytes() as u64);
+        }
     }
     let n_files = manifest.files.len() + manifest.nodes.len() + manifest.inherited.len();
     let n_base_tensors = manifest.tensors.len();
     Ok(Verified { n_files, n_base_tensors, n_deltas })
 }
 
+/// Checks the digest of every base tensor.
+pub(crate) fn check_base(base: &Checkpoint, artifact: &Artifact) -> Result<()> {
+    let config = ModelConfig::from_json(base.config(), base.dir())?;
+    Ok(base_digests(base, &config)?.check(base.dir(), &config, artifact)?)
+}
+
 /// The tensors of the fine-tune, whose records all have the right shapes.
 pub(crate) fn fine_tune_specs(base: &Checkpoint, artifact: &Artifact) -> Result<Vec<TensorSpec>> {
     let config = ModelConfig::of_artifact(artifact, base)?;
-    ModelConfig::from_json(base.config(), base.dir())?.check_fine_tune(&config, artifact.dir())?;
+    let base_config = ModelConfig::from_json(base.config(), base.dir())?;
+    base_config.check_fine_tune(&config, artifact.dir())?;
     let specs = onebase_model::tensor_specs(&config);
-    for spec in &specs {
+    // The same tensors in the same order, their sizes compared; the vocabulary may differ.
+    for (spec, of_base) in specs.iter().zip(onebase_model::tensor_specs(&base_config)) {
         let record = artifact.record_for(&spec.name, spec.role)?;
-        let tensor = base.tensor(&spec.name)?;
-        let base_shape = tensor.shape();
+        let base_shape = of_base.shape.as_slice();
         let covered = match &record.storage {
             Storage::Codec { added_rows, .. } if spec.role != Role::Vector => {
                 vec![record.shape[0] - added_rows, record.shape[1]]
@@ -78,7 +88,11 @@ pub(crate) fn fine_tune_specs(base: &Checkpoint, artifact: &Artifact) -> Result<
                 }));
             }
         }
-        if record.storage == Storage::Unchanged && record.dtype != tensor.dtype().name() {
+        // In codes, what is unchanged is what they stand for.
+        let stored = base.contains(&spec.name).then(|| base.tensor(&spec.name)).transpose()?;
+        if let (Storage::Unchanged, Some(tensor)) = (&record.storage, stored)
+            && record.dtype != tensor.dtype().name()
+        {
             let (expected, got) = (tensor.dtype(), &record.dtype);
             return Err(Error::Format(onebase_format::Error::Manifest {
                 path: artifact.dir().join(MANIFEST_FILE),

@@ -144,20 +144,24 @@ impl Checkpoint {
     /// # Errors
     /// When it is missing or its type is not a weight's.
     pub fn tensor(&self, name: &str) -> Result<Tensor<'_>> {
+        let tensor = self.stored(name)?;
+        if tensor.dtype.is_float() { Ok(tensor) } else { Err(tensor.unsupported()) }
+    }
+
+    /// A tensor by name, which may be codes too.
+    ///
+    /// # Errors
+    /// When it is missing or its type is none of [`DType`].
+    pub fn stored(&self, name: &str) -> Result<Tensor<'_>> {
         let Some((name, file)) = self.tensors.get_key_value(name) else {
             return Err(Error::MissingTensor { path: self.dir.clone(), tensor: name.to_owned() });
         };
         let file = &self.files[*file];
         let header = file.header(name)?;
+        let tensor = Tensor { name, dtype: DType::U8, header, file };
         match header.dtype.parse() {
-            Ok(dtype @ (DType::F32 | DType::BF16 | DType::F16)) => {
-                Ok(Tensor { name, dtype, header, file })
-            }
-            _ => Err(Error::UnsupportedDType {
-                path: file.path.clone(),
-                tensor: name.clone(),
-                got: header.dtype.clone(),
-            }),
+            Ok(dtype) => Ok(Tensor { dtype, ..tensor }),
+            Err(_) => Err(tensor.unsupported()),
         }
     }
 
@@ -204,7 +208,15 @@ impl<'a> Tensor<'a> {
         self.name
     }
 
-    /// Its element type, a float.
+    fn unsupported(&self) -> Error {
+        Error::UnsupportedDType {
+            path: self.file.path.clone(),
+            tensor: self.name.to_owned(),
+            got: self.header.dtype.clone(),
+        }
+    }
+
+    /// Its element type; codes are `U8`.
     pub fn dtype(&self) -> DType {
         self.dtype
     }
@@ -257,6 +269,29 @@ impl<'a> Tensor<'a> {
             #[allow(clippy::cast_possible_truncation)]
             self.read(offset as usize, block)
         })
+    }
+}
+
+/// Computes the digest that [`Tensor::digest`] would give of a tensor that is in no file.
+#[derive(Debug)]
+pub struct TensorHasher(blake3::Hasher);
+
+impl TensorHasher {
+    /// Of a tensor of this type and shape.
+    pub fn new(dtype: DType, shape: &[usize]) -> Self {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(tensor_head(dtype, shape).as_bytes());
+        Self(hasher)
+    }
+
+    /// Takes the next bytes.
+    pub fn update(&mut self, bytes: &[u8]) {
+        self.0.update_rayon(bytes);
+    }
+
+    /// The digest of all bytes.
+    pub fn finish(&self) -> Digest {
+        Digest::finish(&self.0)
     }
 }
 

@@ -18,7 +18,7 @@ pub mod statistics;
 mod tensor_writer;
 
 pub use atomic::{StagedFolder, rename, write_file};
-pub use checkpoint::{CONFIG_FILE, Checkpoint, SIDE_FILES, Tensor};
+pub use checkpoint::{CONFIG_FILE, Checkpoint, SIDE_FILES, Tensor, TensorHasher};
 pub use digest::{Digest, Sha256};
 pub use error::Error;
 pub use safetensors_file::{MappedBytes, TensorHeader};

@@ -8,10 +8,10 @@ use crate::vector::{Kernel, LANES, Lanes};
 pub struct Attention<'a> {
     /// `[head_dim]`.
     pub query: &'a [f32],
-    /// `[n, head_dim]`.
-    pub keys: &'a [f32],
-    /// `[n, head_dim]`.
-    pub values: &'a [f32],
+    /// `[n, head_dim]`, in chunks of whole rows.
+    pub keys: &'a [&'a [f32]],
+    /// `[n, head_dim]`, in chunks of as many rows.
+    pub values: &'a [&'a [f32]],
     /// Factor on the scores, usually `1 / sqrt(head_dim)`.
     pub scale: f32,
 }
@@ -24,9 +24,12 @@ impl Backend {
     pub fn attend(self, attention: Attention<'_>, scores: &mut Vec<f32>, out: &mut [f32]) {
         let head_dim = attention.query.len();
         assert!(head_dim > 0 && out.len() == head_dim, "head size");
-        assert!(attention.keys.len().is_multiple_of(head_dim), "keys");
-        assert_eq!(attention.keys.len(), attention.values.len(), "keys and values");
-        assert!(!attention.keys.is_empty(), "attention over no position");
+        assert_eq!(attention.keys.len(), attention.values.len(), "chunks");
+        for (keys, values) in attention.keys.iter().zip(attention.values) {
+            assert!(keys.len().is_multiple_of(head_dim), "keys");
+            assert_eq!(keys.len(), values.len(), "keys and values");
+        }
+        assert!(attention.keys.iter().any(|keys| !keys.is_empty()), "attention over no position");
         // SAFETY: the lengths were checked.
         unsafe { self.run(Attend { attention, scores, out }) }
     }
@@ -48,9 +51,11 @@ impl Kernel for Attend<'_> {
         let scores = self.scores;
         scores.clear();
         // Loops and not closures, as in `load_rows`.
-        for key in keys.chunks_exact(head_dim) {
-            // SAFETY: both slices have `head_dim` elements.
-            scores.push(scale * unsafe { dot::<V>(query, key) });
+        for keys in keys {
+            for key in keys.chunks_exact(head_dim) {
+                // SAFETY: both slices have `head_dim` elements.
+                scores.push(scale * unsafe { dot::<V>(query, key) });
+            }
         }
         let max = scores.iter().fold(f32::NEG_INFINITY, |m, s| m.max(*s));
         let mut total = 0.0;
@@ -63,14 +68,24 @@ impl Kernel for Attend<'_> {
             // SAFETY: `at + LANES` is within every row of `values` and `out`.
             unsafe {
                 let mut acc = V::splat(0.0);
-                for (value, p) in values.chunks_exact(head_dim).zip(scores.iter()) {
-                    acc = V::load(value.as_ptr().add(at)).mul_add(V::splat(*p), acc);
+                let mut rest = scores.as_slice();
+                for values in values {
+                    let (own, others) = rest.split_at(values.len() / head_dim);
+                    rest = others;
+                    for (value, p) in values.chunks_exact(head_dim).zip(own) {
+                        acc = V::load(value.as_ptr().add(at)).mul_add(V::splat(*p), acc);
+                    }
                 }
                 acc.store(self.out.as_mut_ptr().add(at));
             }
         }
         for (at, out) in self.out.iter_mut().enumerate().skip(whole) {
-            *out = values.chunks_exact(head_dim).zip(scores.iter()).map(|(v, p)| v[at] * p).sum();
+            *out = values
+                .iter()
+                .flat_map(|k| k.chunks_exact(head_dim))
+                .zip(scores.iter())
+                .map(|(v, p)| v[at] * p)
+                .sum();
         }
         let norm = 1.0 / total;
         self.out.iter_mut().for_each(|out| *out *= norm);
@@ -80,7 +95,7 @@ impl Kernel for Attend<'_> {
 /// # Safety
 /// The slices have the same length.
 #[inline(always)]
-unsafe fn dot<V: Lanes>(a: &[f32], b: &[f32]) -> f32 {
+pub(crate) unsafe fn dot<V: Lanes>(a: &[f32], b: &[f32]) -> f32 {
     let whole = a.len() - a.len() % LANES;
     // SAFETY: whole vectors lie within both slices, tails within the buffers.
     unsafe {

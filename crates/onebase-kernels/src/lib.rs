@@ -20,15 +20,21 @@ mod dense;
 mod elementwise;
 mod fit;
 mod gathered;
+mod hadamard;
 mod integer;
 mod lowbit;
 pub mod naive;
+mod packed;
 mod parallel;
 mod quantize;
 pub mod rans;
 mod sign;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_attention;
+#[cfg(test)]
+mod tests_hadamard;
 #[cfg(test)]
 mod tests_integer;
 pub mod thin;
@@ -42,7 +48,9 @@ pub use attention::Attention;
 pub use backend::{Backend, ENV_OVERRIDE, UnavailableBackend};
 pub use elementwise::{add_assign, rms_norm, silu_mul};
 pub use gathered::Gathered;
+pub use hadamard::Hadamard;
 pub use integer::{Mixed, Parts, QuantizedRows, low_bytes, mixed_sums, pack_low};
 pub use lowbit::{Affine, LowBit, MAX_BITS};
+pub use packed::{PackedAttention, PackedFormat};
 pub use sign::Sign;
 pub use vector::{LANES, plane_bytes};

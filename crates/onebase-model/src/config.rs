@@ -2,8 +2,10 @@ use std::path::{Path, PathBuf};
 
 use onebase_format::artifact::Artifact;
 use onebase_format::{CONFIG_FILE, Checkpoint};
+use onebase_kernels::PackedFormat;
 use serde_json::Value;
 
+use crate::quantized::{QUANTIZATION_FIELD, Quantization};
 use crate::{Error, Result};
 
 /// A family of decoders that differ in biases, norms and defaults.
@@ -98,6 +100,8 @@ pub struct ModelConfig {
     pub(crate) qk_norm: bool,
     /// For each layer, how many positions it sees, itself included.
     pub(crate) windows: Vec<Option<usize>>,
+    /// How a base is quantized, and a model in the basis of such a base is not.
+    pub quantization: Option<Quantization>,
 }
 
 /// Experts: feed-forward networks of which each token gets a few.
@@ -179,9 +183,6 @@ impl ModelConfig {
                             Qwen3ForCausalLM, Qwen3MoeForCausalLM or MixtralForCausalLM";
             return Err(fields.bad("architectures", expected, class));
         };
-        if let quantized @ Some(_) = fields.get("quantization_config") {
-            return Err(fields.bad("quantization_config", "none", quantized));
-        }
         let activation = fields.get("hidden_act");
         if activation.is_some_and(|a| a.as_str() != Some("silu")) {
             return Err(fields.bad("hidden_act", "silu", activation));
@@ -219,7 +220,7 @@ impl ModelConfig {
         };
         let (rope_theta, rope_scaling) = read_rope(&fields, rope_theta)?;
         #[allow(clippy::cast_possible_truncation)]
-        Ok(Self {
+        let mut config = Self {
             architecture,
             hidden_size,
             intermediate_size: fields.size("intermediate_size", None)?,
@@ -239,7 +240,12 @@ impl ModelConfig {
             mlp_bias: architecture == Architecture::Llama && fields.flag("mlp_bias", false)?,
             qk_norm: matches!(architecture, Architecture::Qwen3 | Architecture::Qwen3Moe),
             windows: read_windows(&fields, architecture, n_layers)?,
-        })
+            quantization: None,
+        };
+        if let Some(value) = fields.get(QUANTIZATION_FIELD) {
+            config.quantization = Some(Quantization::from_json(value, &config, path)?);
+        }
+        Ok(config)
     }
 
     /// The configuration of an artifact's fine-tune: its own `config.json`, or
@@ -265,6 +271,22 @@ impl ModelConfig {
         self.mixture.as_ref().filter(|mixture| mixture.sparse[layer])
     }
 
+    /// The same model, quantized as said, in a basis as said.
+    pub fn with_quantization(self, quantization: Option<Quantization>) -> Self {
+        Self { quantization, ..self }
+    }
+
+    /// Whether the model is in the basis of a quantized base, where norms of blocks have no
+    /// weights: they are in the sites that follow.
+    pub fn is_rotated(&self) -> bool {
+        self.quantization.is_some_and(|q| q.method.is_rotated())
+    }
+
+    /// How keys and values are packed in a cache; `None` where they are f32.
+    pub(crate) fn kv_format(&self) -> Option<PackedFormat> {
+        self.quantization.and_then(|q| q.kv_format(self.head_dim))
+    }
+
     /// Checks that a fine-tune's tensors have the base's shapes. The vocabulary
     /// may be larger; constants of the computation (rotary frequencies, epsilon,
     /// windows, context, how many experts a token gets) may differ, as each row is
@@ -279,6 +301,17 @@ impl ModelConfig {
         if self.architecture != fine_tune.architecture {
             let (base, other) = (self.architecture, fine_tune.architecture);
             return bad("architecture", base.class_name().into(), other.class_name().into());
+        }
+        let basis = |c: &ModelConfig| match &c.quantization {
+            Some(q) if q.method.is_rotated() => format!("{}'s", q.method.name()),
+            _ => "the model's own".to_owned(),
+        };
+        let same = match (&self.quantization, &fine_tune.quantization) {
+            (Some(base), Some(other)) => base.same_basis(other),
+            _ => self.is_rotated() == fine_tune.is_rotated(),
+        };
+        if !same {
+            return bad("the basis", basis(self), basis(fine_tune));
         }
         let sizes = |c: &ModelConfig| {
             [

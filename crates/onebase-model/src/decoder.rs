@@ -71,6 +71,8 @@ pub(crate) trait Loader {
     /// `bias`, its bias `[out_features]`.
     fn linear(&mut self, module: &str, shape: [usize; 2], bias: bool) -> Result<Self::Linear>;
     fn vector(&mut self, name: &str, len: usize) -> Result<Self::Vector>;
+    /// The weight of a norm that is in the sites that follow: ones.
+    fn folded(&mut self, len: usize) -> Self::Vector;
     /// A router, `[n_experts, hidden_size]`, which is kept as vectors are: a token
     /// that is sent to another expert is not a little off, it is elsewhere.
     fn router(&mut self, name: &str, shape: [usize; 2]) -> Result<Self::Vector>;
@@ -153,10 +155,10 @@ impl<L, V> Layer<L, V> {
         [&mut self.q, &mut self.k, &mut self.v, &mut self.o].into_iter().chain(mlps)
     }
 
-    fn load<T>(
+    fn load<R: Loader<Linear = L, Vector = V>>(
         config: &ModelConfig,
         index: usize,
-        loader: &mut impl Loader<Linear = L, Vector = V, Table = T>,
+        loader: &mut R,
     ) -> Result<Self> {
         let module = format!("model.layers.{index}");
         let hidden = config.hidden_size;
@@ -166,8 +168,14 @@ impl<L, V> Layer<L, V> {
         let attention = format!("{module}.self_attn");
         let mixture = config.mixture_of(index);
         let ExpertNames { block, sites } = ExpertNames::of(config.architecture);
+        let norm = |loader: &mut R, name: &str| {
+            if config.is_rotated() {
+                return Ok(loader.folded(hidden));
+            }
+            loader.vector(&format!("{module}.{name}.weight"), hidden)
+        };
         Ok(Self {
-            input_norm: loader.vector(&format!("{module}.input_layernorm.weight"), hidden)?,
+            input_norm: norm(loader, "input_layernorm")?,
             q: loader.linear(&format!("{attention}.q_proj"), [q_size, hidden], qkv_bias)?,
             k: loader.linear(&format!("{attention}.k_proj"), [kv_size, hidden], qkv_bias)?,
             v: loader.linear(&format!("{attention}.v_proj"), [kv_size, hidden], qkv_bias)?,
@@ -180,8 +188,7 @@ impl<L, V> Layer<L, V> {
             } else {
                 None
             },
-            post_norm: loader
-                .vector(&format!("{module}.post_attention_layernorm.weight"), hidden)?,
+            post_norm: norm(loader, "post_attention_layernorm")?,
             router: mixture
                 .map(|m| {
                     let name = format!("{module}.{block}.gate.weight");
@@ -265,6 +272,8 @@ impl Loader for List {
     fn vector(&mut self, name: &str, len: usize) -> Result<()> {
         self.push(name.to_owned(), Role::Vector, vec![len])
     }
+
+    fn folded(&mut self, _: usize) {}
 
     fn router(&mut self, name: &str, shape: [usize; 2]) -> Result<()> {
         self.push(name.to_owned(), Role::Vector, shape.to_vec())

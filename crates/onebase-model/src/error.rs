@@ -1,5 +1,8 @@
 use std::path::PathBuf;
 
+use onebase_format::Digest;
+use onebase_tensor::DType;
+
 /// Why a model could not be loaded or run.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -28,6 +31,34 @@ pub enum Error {
         expected: Vec<usize>,
         /// The shape it has.
         got: Vec<usize>,
+    },
+    /// A stored tensor is of another type than the configuration says.
+    #[error("{}: tensor {tensor}: expected {expected}, got {got}", path.display())]
+    ElementType {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The type that follows from the configuration.
+        expected: DType,
+        /// The type it has.
+        got: DType,
+    },
+    /// Codes of a quantized base are not those of its record.
+    #[error(
+        "{}: the codes of {tensor} have the digest {got}, the record says {}",
+        path.display(),
+        expected.map_or_else(|| "nothing".to_owned(), |digest| digest.to_string())
+    )]
+    OtherCodes {
+        /// The quantized base.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// What the record says.
+        expected: Option<Digest>,
+        /// What is there.
+        got: Digest,
     },
     /// A tensor is there that the architecture does not have.
     #[error("{}: unexpected tensor {tensor}", path.display())]
@@ -153,7 +184,7 @@ impl Error {
                     .into()
             }
             Error::Config { field: "quantization_config", .. } => {
-                "use the 16- or 32-bit checkpoint".into()
+                "use the 16- or 32-bit checkpoint, or what `onebase quantize` makes of it".into()
             }
             Error::Config { .. } => {
                 "config.json is damaged or was edited; fetch it again, or compare it with the \
@@ -162,6 +193,16 @@ impl Error {
             }
             Error::Shape { .. } | Error::UnexpectedTensor { .. } => {
                 "weights and config.json are of two models; fetch both from the same place".into()
+            }
+            Error::ElementType { .. } | Error::OtherCodes { .. } => {
+                "the folder was changed after it was written; copy it again, or run `onebase \
+                 quantize`"
+                    .into()
+            }
+            Error::OtherModel { field: "the basis", .. } => {
+                "a delta serves on the base that it was compressed against, quantized or not: \
+                 compress the fine-tune against this one"
+                    .into()
             }
             Error::UntiedHead { .. } => {
                 "set tie_word_embeddings to false, in the base too, or remove the head".into()

@@ -1,4 +1,4 @@
-use onebase_kernels::{Attention, add_assign, rms_norm, silu_mul};
+use onebase_kernels::{add_assign, rms_norm, silu_mul};
 use onebase_tensor::{MatrixMut, MatrixRef};
 use rayon::prelude::*;
 
@@ -9,8 +9,10 @@ use crate::rope::rotate;
 use crate::tenant::TableDelta;
 use crate::{Error, KvCache, Model, ModelConfig, Result, Tenant};
 
+mod attend;
 mod layers;
 mod moe;
+mod rotated;
 
 pub use layers::LayerRun;
 
@@ -249,6 +251,7 @@ impl<'m, 'a> Pass<'m, 'a> {
                 }
             }
         }
+        self.rotate_stream();
     }
 
     /// Normalises `stream` into `x`, each row with its tenant's weight.
@@ -275,12 +278,13 @@ impl<'m, 'a> Pass<'m, 'a> {
         let n = self.batch.rows.len();
         self.attention_input(index, layer);
         observer.observe(index, SiteInput::Attention, matrix(&self.x, n));
-        self.heads(index, layer, segments);
+        self.heads(index, layer, segments, observer);
         let x = matrix(&self.attended, n);
         observer.observe(index, SiteInput::AttentionOutput, x);
         let (backend, groups) = (self.model.backend, &self.batch.groups);
         let site = |t: &'a Tenant| -> &'a SiteDelta { &t.decoder.layers[index].o };
-        apply_all(backend, groups, x, [layer.o.to(&site, matrix_mut(&mut self.out, n))]);
+        let inputs = self.model.inputs(SiteInput::AttentionOutput, x);
+        apply_all(backend, groups, &inputs, [layer.o.to(&site, matrix_mut(&mut self.out, n))]);
         add_assign(&mut self.stream, &self.out);
     }
 
@@ -295,17 +299,18 @@ impl<'m, 'a> Pass<'m, 'a> {
         index: usize,
         layer: &Layer<crate::linear::Linear, Vec<f32>>,
         segments: &mut [Segment<'_>],
+        observer: &mut dyn Observer,
     ) {
         let n = self.batch.rows.len();
         let backend = self.model.backend;
         let site =
             |t: &'a Tenant| -> &'a Layer<SiteDelta, Option<Vec<f32>>> { &t.decoder.layers[index] };
         let groups = &self.batch.groups;
-        let x = matrix(&self.x, n);
+        let inputs = self.model.inputs(SiteInput::Attention, matrix(&self.x, n));
         apply_all(
             backend,
             groups,
-            x,
+            &inputs,
             [
                 layer.q.to(&|t| &site(t).q, matrix_mut(&mut self.q, n)),
                 layer.k.to(&|t| &site(t).k, matrix_mut(&mut self.k, n)),
@@ -316,13 +321,16 @@ impl<'m, 'a> Pass<'m, 'a> {
             self.norm_heads(weights, |t| &site(t).qk_norm);
         }
         self.rotate();
+        self.rotate_keys(index);
         let kv_size = self.k.len() / n.max(1);
-        for (row, (k, v)) in
-            self.batch.rows.iter().zip(self.k.chunks(kv_size).zip(self.v.chunks(kv_size)))
+        let (rows, k, v) = (&self.batch.rows, matrix(&self.k, n), matrix(&self.v, n));
+        observer.observe_heads(index, k, v);
+        for (row, (k, v)) in rows.iter().zip(k.data().chunks(kv_size).zip(v.data().chunks(kv_size)))
         {
-            segments[row.segment].cache.append(index, k, v);
+            segments[row.segment].cache.write(index, row.position, k, v);
         }
         self.attend(index, segments);
+        self.order_output();
     }
 
     /// Normalises every head of q and k with its tenant's weights.
@@ -361,39 +369,6 @@ impl<'m, 'a> Pass<'m, 'a> {
         }
     }
 
-    fn attend(&mut self, layer: usize, segments: &[Segment<'_>]) {
-        let config = &self.model.config;
-        let (head_dim, n_heads) = (config.head_dim, config.n_heads);
-        let queries_per_key = n_heads / config.n_kv_heads;
-        #[allow(clippy::cast_precision_loss)]
-        let scale = 1.0 / (head_dim as f32).sqrt();
-        let windows: Vec<Option<usize>> = self
-            .batch
-            .groups
-            .iter()
-            .flat_map(|g| std::iter::repeat_n(self.config_of(g).windows[layer], g.rows.len()))
-            .collect();
-        let (rows, q, backend) = (&self.batch.rows, &self.q, self.model.backend);
-        let one = |scores: &mut Vec<f32>, (index, out): (usize, &mut [f32])| {
-            let (row, head) = (index / n_heads, index % n_heads);
-            let Row { segment, position, .. } = rows[row];
-            let first = windows[row].map_or(0, |w| (position + 1).saturating_sub(w));
-            let cache = &segments[segment].cache;
-            let (keys, values) = cache.window(layer, head / queries_per_key, first, position);
-            let query = &q[index * head_dim..(index + 1) * head_dim];
-            backend.attend(Attention { query, keys, values, scale }, scores, out);
-        };
-        let positions: usize = rows.iter().map(|r| r.position + 1).sum();
-        if positions * n_heads * head_dim < WORTH_A_THREAD * 8 {
-            let mut scores = Vec::new();
-            let outs = self.attended.chunks_exact_mut(head_dim).enumerate();
-            outs.for_each(|out| one(&mut scores, out));
-        } else {
-            let outs = self.attended.par_chunks_exact_mut(head_dim).enumerate();
-            outs.for_each_init(Vec::new, one);
-        }
-    }
-
     fn feed_forward(
         &mut self,
         index: usize,
@@ -413,7 +388,8 @@ impl<'m, 'a> Pass<'m, 'a> {
         let (backend, groups) = (self.model.backend, &self.batch.groups);
         let site = |t: &'a Tenant| -> &'a SiteDelta { &t.decoder.layers[index].mlps[0].down };
         let down = layer.mlps[0].down.to(&site, matrix_mut(&mut self.out, n));
-        apply_all(backend, groups, x, [down]);
+        let inputs = self.model.inputs(SiteInput::FeedForwardOutput, x);
+        apply_all(backend, groups, &inputs, [down]);
         add_assign(&mut self.stream, &self.out);
     }
 
@@ -428,21 +404,24 @@ impl<'m, 'a> Pass<'m, 'a> {
         let n = self.batch.rows.len();
         let (backend, groups) = (self.model.backend, &self.batch.groups);
         let site = |t: &'a Tenant| -> &'a Mlp<SiteDelta> { &t.decoder.layers[index].mlps[0] };
-        let x = matrix(&self.x, n);
+        let inputs = self.model.inputs(SiteInput::FeedForward, matrix(&self.x, n));
         apply_all(
             backend,
             groups,
-            x,
+            &inputs,
             [
                 mlp.gate.to(&|t| &site(t).gate, matrix_mut(&mut self.gate, n)),
                 mlp.up.to(&|t| &site(t).up, matrix_mut(&mut self.up, n)),
             ],
         );
         gated(&mut self.gate, &self.up);
+        if let Some(rotation) = &self.model.rotation {
+            backend.hadamard_rows(&rotation.hadamard, &mut self.gate);
+        }
     }
 
     fn logits(&mut self, segments: &[Segment<'_>]) -> Vec<Vec<f32>> {
-        self.norm(&self.model.decoder.norm, |t| &t.decoder.norm);
+        self.final_norm();
         let hidden = self.model.config.hidden_size;
         let kept = |row: &Row| match segments[row.segment].logits {
             Logits::None => false,
@@ -484,7 +463,7 @@ impl<'m, 'a> Pass<'m, 'a> {
         let mut shared = vec![0.0; n_shared * base_rows];
         let mut shared_view = matrix_mut(&mut shared, n_shared);
         if n_shared > 0 {
-            backend.add_dense(base.as_ref(), x.rows(0..n_shared), &mut shared_view);
+            base.add_rows_to(backend, x.rows(0..n_shared), &mut shared_view);
         }
         for group in groups {
             let n = group.rows.len();

@@ -16,6 +16,7 @@ mod kv_cache;
 mod linear;
 mod model;
 mod observer;
+pub mod quantized;
 mod rope;
 mod sampler;
 mod tenant;

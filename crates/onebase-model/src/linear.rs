@@ -8,12 +8,12 @@ use rayon::prelude::*;
 
 use crate::Tenant;
 use crate::delta::{GainedNode, Stored, add_gained, product};
-use crate::weights::Weight;
+use crate::weights::{BaseWeight, Inputs};
 
 /// A linear site of the base.
 #[derive(Debug)]
 pub(crate) struct Linear {
-    pub(crate) weight: Weight,
+    pub(crate) weight: BaseWeight,
     pub(crate) bias: Option<Vec<f32>>,
 }
 
@@ -54,17 +54,18 @@ impl Linear {
 }
 
 /// Sites that have their input in common: `y = x Wᵀ + b` with the base's weight for all
-/// rows, each tenant's delta added to its own. `x` is `[n_rows, in_features]`.
+/// rows, each tenant's delta added to its own.
 pub(crate) fn apply_all<'a, const N: usize>(
     backend: Backend,
     groups: &[RowGroup<'a>],
-    x: MatrixRef<'_>,
+    inputs: &Inputs<'_>,
     mut sites: [Site<'_, 'a, '_>; N],
 ) {
+    let x = inputs.x;
     // Sites at a time: the smaller ones are not worth several threads each.
     sites.par_iter_mut().for_each(|Site { linear, y, .. }| {
         y.data().fill(0.0);
-        backend.add_dense(linear.weight.as_ref(), x, y);
+        linear.weight.add_to(backend, inputs, y);
     });
     // Rows of several tenants and sites at a time: their products are small, and threads
     // that wait for the end of each would be idle for much of it.

@@ -1,26 +1,27 @@
-use std::collections::BTreeMap;
 use std::sync::OnceLock;
 
+use onebase_format::Checkpoint;
 use onebase_format::artifact::Role;
-use onebase_format::{Checkpoint, Digest};
 use onebase_kernels::Backend;
 
-use crate::decoder::{Decoder, Loader, tensor_specs};
+use crate::decoder::{Decoder, Loader, TensorSpec, tensor_specs};
 use crate::delta::NodeCache;
 use crate::linear::Linear;
+use crate::quantized::{Identities, Rotation, base_digests, check_stored, parts_of};
 use crate::rope::Rope;
-use crate::weights::Weight;
+use crate::weights::{BaseWeight, CodedWeight, Weight};
 use crate::{Error, ModelConfig, Result};
 
 /// A base model in memory; its weights stay mapped from the checkpoint.
 #[derive(Debug)]
 pub struct Model {
     pub(crate) config: ModelConfig,
-    pub(crate) decoder: Decoder<Linear, Vec<f32>, Weight>,
+    pub(crate) decoder: Decoder<Linear, Vec<f32>, BaseWeight>,
     pub(crate) rope: Rope,
+    pub(crate) rotation: Option<Rotation>,
     pub(crate) backend: Backend,
     checkpoint: Checkpoint,
-    digests: OnceLock<BTreeMap<String, Digest>>,
+    digests: OnceLock<Identities>,
     pub(crate) nodes: NodeCache,
 }
 
@@ -32,13 +33,16 @@ impl Model {
     pub fn load(checkpoint: Checkpoint) -> Result<Self> {
         let config = ModelConfig::from_json(checkpoint.config(), checkpoint.dir())?;
         check_tensors(&checkpoint, &config)?;
-        let decoder = Decoder::load(&config, &mut BaseLoader(&checkpoint))?;
+        let decoder =
+            Decoder::load(&config, &mut BaseLoader { checkpoint: &checkpoint, config: &config })?;
         let rope = Rope::new(&config);
+        let rotation = Rotation::load(&checkpoint, &config)?;
         let backend = Backend::active();
         Ok(Self {
             config,
             decoder,
             rope,
+            rotation,
             backend,
             checkpoint,
             digests: OnceLock::new(),
@@ -62,18 +66,15 @@ impl Model {
         &self.checkpoint
     }
 
-    /// The digest of every tensor, computed when first asked for.
+    /// The digests of its tensors, computed when first asked for.
     ///
     /// # Errors
     /// When a tensor cannot be read.
-    pub fn digests(&self) -> Result<&BTreeMap<String, Digest>> {
+    pub fn digests(&self) -> Result<&Identities> {
         if let Some(digests) = self.digests.get() {
             return Ok(digests);
         }
-        let specs = tensor_specs(&self.config);
-        let names: Vec<&str> = specs.iter().map(|s| s.name.as_str()).collect();
-        let digests = self.checkpoint.digests(&names)?;
-        let digests = names.into_iter().map(str::to_owned).zip(digests).collect();
+        let digests = base_digests(&self.checkpoint, &self.config)?;
         Ok(self.digests.get_or_init(|| digests))
     }
 }
@@ -88,6 +89,9 @@ impl Model {
 /// When a tensor is missing, unexpected or of another shape, or a head that
 /// should be tied to the embedding has weights of its own.
 pub fn check_tensors(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<()> {
+    if config.quantization.is_some() {
+        return check_stored(checkpoint, config);
+    }
     let specs = tensor_specs(config);
     for spec in &specs {
         let tensor = checkpoint.tensor(&spec.name)?;
@@ -119,32 +123,57 @@ pub fn check_tensors(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<()
     }
 }
 
-struct BaseLoader<'a>(&'a Checkpoint);
+struct BaseLoader<'a> {
+    checkpoint: &'a Checkpoint,
+    config: &'a ModelConfig,
+}
+
+impl BaseLoader<'_> {
+    /// The matrix of a module, in codes where `bits` is not 16.
+    fn weight(&self, module: &str, role: Role, bits: u32, shape: [usize; 2]) -> Result<BaseWeight> {
+        let name = format!("{module}.weight");
+        if bits == 16 {
+            return Ok(BaseWeight::Plain(Weight::load(&self.checkpoint.tensor(&name)?)));
+        }
+        // Inputs of tables are not rounded.
+        let has_sums = role == Role::Linear;
+        let spec = TensorSpec { name, role, shape: shape.to_vec() };
+        let parts = parts_of(&spec, self.config);
+        let coded = CodedWeight::load(self.checkpoint, module, shape[0], parts, has_sums)?;
+        Ok(BaseWeight::Coded(coded))
+    }
+}
 
 impl Loader for BaseLoader<'_> {
     type Linear = Linear;
     type Vector = Vec<f32>;
-    type Table = Weight;
+    type Table = BaseWeight;
 
     fn linear(&mut self, module: &str, shape: [usize; 2], bias: bool) -> Result<Linear> {
-        let weight = Weight::load(&self.0.tensor(&format!("{module}.weight"))?);
+        let bits = self.config.quantization.map_or(16, |q| q.weight_bits);
+        let weight = self.weight(module, Role::Linear, bits, shape)?;
         let bias =
             if bias { Some(self.vector(&format!("{module}.bias"), shape[0])?) } else { None };
         Ok(Linear { weight, bias })
     }
 
     fn vector(&mut self, name: &str, len: usize) -> Result<Vec<f32>> {
-        let tensor = self.0.tensor(name)?;
+        let tensor = self.checkpoint.tensor(name)?;
         let mut wide = vec![0.0; len];
         tensor.dtype().widen(&tensor.bytes(), &mut wide);
         Ok(wide)
+    }
+
+    fn folded(&mut self, len: usize) -> Vec<f32> {
+        vec![1.0; len]
     }
 
     fn router(&mut self, name: &str, [n_experts, hidden]: [usize; 2]) -> Result<Vec<f32>> {
         self.vector(name, n_experts * hidden)
     }
 
-    fn table(&mut self, name: &str, _: Role, _: [usize; 2]) -> Result<Weight> {
-        Ok(Weight::load(&self.0.tensor(name)?))
+    fn table(&mut self, name: &str, role: Role, shape: [usize; 2]) -> Result<BaseWeight> {
+        let bits = self.config.quantization.map_or(16, |q| q.table_bits);
+        self.weight(name.strip_suffix(".weight").unwrap_or(name), role, bits, shape)
     }
 }

@@ -67,6 +67,10 @@ pub trait Observer {
     /// rows are those of the batch, in no particular order. An expert's are those
     /// that it was chosen for, and none where there are no such.
     fn observe(&mut self, layer: usize, input: SiteInput, x: MatrixRef<'_>);
+
+    /// The keys, after the rotary embedding, and the values of the block `layer`, as they go
+    /// into the cache: `[n_rows, n_kv_heads · head_dim]` each. Few look at them.
+    fn observe_heads(&mut self, _layer: usize, _keys: MatrixRef<'_>, _values: MatrixRef<'_>) {}
 }
 
 /// Nobody looks.

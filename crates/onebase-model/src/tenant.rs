@@ -54,9 +54,7 @@ impl Tenant {
     }
 
     fn load_inner(model: &Model, artifact: &Artifact, wrap: Option<Wrap<'_>>) -> Result<Self> {
-        let digests = model.digests()?;
-        let digests = digests.iter().map(|(name, digest)| (name.as_str(), *digest)).collect();
-        artifact.check_base_digests(model.checkpoint().dir(), &digests)?;
+        model.digests()?.check(model.checkpoint().dir(), &model.config, artifact)?;
         artifact.check_files()?;
         let config = ModelConfig::of_artifact(artifact, model.checkpoint())?;
         model.config.check_fine_tune(&config, artifact.dir())?;
@@ -72,6 +70,8 @@ impl Tenant {
         let Decoder { embedding, layers, norm, head } = Decoder::load(&config, &mut loader)?;
         let decoder = Decoder { embedding, layers, norm, head };
         let rope = Rope::new(&config);
+        // Activations and caches are the base's matter.
+        let config = ModelConfig { quantization: model.config.quantization, ..config };
         Ok(Self { config, decoder, rope, resident_bytes: loader.resident_bytes })
     }
 
@@ -99,6 +99,8 @@ impl Tenant {
         let Decoder { embedding, layers, norm, head } = Decoder::load(&config, &mut loader)?;
         let decoder = Decoder { embedding, layers, norm, head };
         let rope = Rope::new(&config);
+        // Activations and caches are the base's matter.
+        let config = ModelConfig { quantization: model.config.quantization, ..config };
         Ok(Self { config, decoder, rope, resident_bytes: loader.resident_bytes })
     }
 
@@ -249,6 +251,10 @@ impl Loader for TenantLoader<'_, '_> {
         Ok(sum)
     }
 
+    fn folded(&mut self, _: usize) -> Option<Vec<f32>> {
+        None
+    }
+
     fn router(&mut self, name: &str, shape: [usize; 2]) -> Result<Option<Vec<f32>>> {
         self.exact(name, &shape)
     }
@@ -347,6 +353,10 @@ impl Loader for FineTuneLoader<'_> {
         self.check_shape(name, &[len], base.shape())?;
         self.resident_bytes += len * size_of::<f32>();
         Ok(Some(vector_sum(&base, delta.as_ref())))
+    }
+
+    fn folded(&mut self, _: usize) -> Option<Vec<f32>> {
+        None
     }
 
     fn router(&mut self, name: &str, shape: [usize; 2]) -> Result<Option<Vec<f32>>> {

@@ -34,6 +34,8 @@ pub(crate) struct Args {
 pub(crate) enum Command {
     /// Compress a fine-tune into a delta artifact
     Compress(CompressArgs),
+    /// Write a base in 4 and 8 bits, on which deltas are served as on the base itself
+    Quantize(QuantizeArgs),
     /// Measure what a model's linear sites read, for codecs that weigh errors by it
     Calibrate(CalibrateArgs),
     /// Join the shards of an artifact that `compress --shard` has made
@@ -77,6 +79,10 @@ pub(crate) struct CompressArgs {
     /// Codec of the linear sites, as NAME or NAME:OPTION=VALUE,… (see `onebase codecs`)
     #[arg(long, default_value = "rtn", value_parser = codec)]
     pub(crate) codec: GivenCodec,
+    /// With a quantized base: the model that it was quantized from. The deltas are those of the
+    /// fine-tune alone then; without it they make good, too, what quantizing has changed
+    #[arg(long, value_name = "BASE")]
+    pub(crate) full_base: Option<PathBuf>,
     /// How embeddings and head are stored: `exact`, or a codec; the same codec unless given
     #[arg(long, value_parser = tables)]
     pub(crate) embeddings: Option<TablePlan>,
@@ -172,6 +178,99 @@ pub(crate) struct CalibrateArgs {
     pub(crate) seed: u64,
 }
 
+/// Bits of a part of a model that need not be quantized.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Bits {
+    /// As they are
+    #[value(name = "16")]
+    Sixteen,
+    /// In 8 bits
+    #[value(name = "8")]
+    Eight,
+    /// In 4 bits
+    #[value(name = "4")]
+    Four,
+}
+
+impl Bits {
+    pub(crate) fn count(self) -> u32 {
+        match self {
+            Bits::Sixteen => 16,
+            Bits::Eight => 8,
+            Bits::Four => 4,
+        }
+    }
+}
+
+/// The basis in which a base is quantized.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum QuantizeMethod {
+    /// Principal components of activations, an eighth of them in 8 bits
+    Resq,
+    /// Random Hadamard rotations, all in one width
+    Quarot,
+    /// The model's own basis
+    Rtn,
+}
+
+/// How weights are rounded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum QuantizeRounding {
+    /// Each to the nearest
+    Rtn,
+    /// Column by column, errors made good by those that follow; reads the text
+    Gptq,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct QuantizeArgs {
+    /// Checkpoint folder of the base model
+    pub(crate) base: PathBuf,
+    /// Folder of the quantized base to write
+    #[arg(short, long, value_name = "QBASE")]
+    pub(crate) out: PathBuf,
+    /// In which basis
+    #[arg(long, value_enum, default_value = "resq")]
+    pub(crate) method: QuantizeMethod,
+    /// Bits of the weights of linear sites, 4 or 8; with resq and 4, an eighth has 8
+    #[arg(long, value_enum, default_value = "4")]
+    pub(crate) weights: Bits,
+    /// Bits of what linear sites read; with resq and 4, an eighth has 8
+    #[arg(long, value_enum, default_value = "8")]
+    pub(crate) activations: Bits,
+    /// Bits of keys and values; with resq and 4, an eighth has 8
+    #[arg(long, value_enum, default_value = "4")]
+    pub(crate) kv: Bits,
+    /// Bits of embedding and head, 16 or 8
+    #[arg(long, value_enum, default_value = "8")]
+    pub(crate) embeddings: Bits,
+    /// A plain text that rotations and rounding follow; never one that models are judged by
+    #[arg(long, value_name = "FILE")]
+    pub(crate) text: Option<PathBuf>,
+    /// In place of a text, N tokens of the vocabulary, each as likely as any other: for models
+    /// without a tokenizer
+    #[arg(long, value_name = "N", value_parser = tokens, conflicts_with = "text")]
+    pub(crate) random: Option<usize>,
+    /// Tokens of the text to use, the first ones
+    #[arg(long, value_name = "N", default_value = "32768", value_parser = positive,
+        requires = "text")]
+    pub(crate) tokens: usize,
+    /// Tokens that are run as one document
+    #[arg(long, value_name = "TOKENS", default_value_t = onebase_compress::WINDOW_TOKENS,
+        value_parser = positive)]
+    pub(crate) window: usize,
+    /// How weights are rounded; gptq where there are tokens, unless given
+    #[arg(long, value_enum)]
+    pub(crate) rounding: Option<QuantizeRounding>,
+    /// As the method's authors have it: inputs of output projections in groups of a head, keys
+    /// and queries in 8 bits before they are rotated. Slower
+    #[arg(long)]
+    pub(crate) paper: bool,
+    /// Seed of the random rotations
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+}
+
 #[derive(Debug, clap::Args)]
 pub(crate) struct FinalizeArgs {
     /// Folder of the artifact, as given to `onebase compress --shard`
@@ -181,8 +280,8 @@ pub(crate) struct FinalizeArgs {
 /// A codec of linear sites.
 #[derive(Clone, Debug)]
 pub(crate) enum GivenCodec {
-    /// Of one fine-tune, and whether its size was said with it.
-    Delta { spec: CodecSpec, has_size: bool },
+    /// Of one fine-tune, and whether its size was said with it, and what shares a scale.
+    Delta { spec: CodecSpec, has_size: bool, has_scale: bool },
     /// Of a family.
     Family(Rqt),
 }
@@ -480,7 +579,8 @@ fn codec(text: &str) -> Result<GivenCodec, String> {
         return family_codec(text).map(GivenCodec::Family);
     }
     let spec = plain_codec(text)?;
-    Ok(GivenCodec::Delta { spec, has_size: CodecSpec::says_size(text) })
+    let says = |option: &str| text.split([':', ',']).any(|pair| pair.starts_with(option));
+    Ok(GivenCodec::Delta { spec, has_size: CodecSpec::says_size(text), has_scale: says("scale=") })
 }
 
 fn plain_codec(text: &str) -> Result<CodecSpec, String> {

@@ -42,6 +42,7 @@ fn run(args: Args) -> anyhow::Result<()> {
     let output = Output::new(args.json);
     match args.command {
         Command::Compress(args) => commands::compress::run(&args, &output),
+        Command::Quantize(args) => commands::quantize::run(&args, &output),
         Command::Calibrate(args) => commands::calibrate::run(&args, &output),
         Command::Finalize(args) => commands::finalize::run(&args, &output),
         Command::Family(command) => commands::family::run(&command, &output),

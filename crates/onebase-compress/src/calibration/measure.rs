@@ -35,7 +35,7 @@ pub fn calibrate(
     }
     let checkpoint = model.checkpoint();
     let mut run = MomentRun::new(model, tokens, window_tokens)?;
-    let digests = model.digests()?.iter().map(|(name, digest)| (name.as_str(), *digest));
+    let digests = model.digests()?.own.iter().map(|(name, digest)| (name.as_str(), *digest));
     let record = BaseRecord::new(&checkpoint.name(), digests);
     let sizes = [tokens.len(), held_window(model, window_tokens)];
     let mut writer = StatisticsWriter::create(target, TOOL, record, source, sizes)?;

@@ -19,6 +19,7 @@ use crate::{Error, Pair, Result};
 
 pub use measure::calibrate;
 pub use moments::{InputMoment, LayerMoments, MomentRun, WINDOW_TOKENS, quadratic_form};
+pub(crate) use moments::{add_moment, held_window};
 pub use sequential::Sequential;
 pub(crate) use sequential::SequentialRun;
 pub use tokens::{generated_tokens, random_tokens};

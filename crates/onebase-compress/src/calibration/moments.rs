@@ -53,25 +53,31 @@ impl Observer for LayerMoments {
         if n_rows == 0 {
             return;
         }
-        let mut columns = vec![0.0; n * n_rows];
-        for (row, values) in x.data().chunks_exact(n).enumerate() {
-            for (column, value) in values.iter().enumerate() {
-                columns[column * n_rows + row] = *value;
-            }
-        }
-        // A window's products are summed in f32, the windows in f64.
-        let mut products = vec![0.0; n * n];
-        let (Ok(xt), Ok(mut sums)) =
-            (MatrixRef::new(&columns, n, n_rows), MatrixMut::new(&mut products, n, n))
-        else {
-            unreachable!("the buffers were sized for the matrices")
-        };
-        Backend::active().add_dense(WeightRef::F32(&columns), xt, &mut sums);
-        let sums = moment.values.par_chunks_mut(SUM_ELEMENTS);
-        sums.zip(products.par_chunks(SUM_ELEMENTS)).for_each(|(sums, products)| {
-            sums.iter_mut().zip(products).for_each(|(sum, p)| *sum += f64::from(*p));
-        });
+        add_moment(&mut moment.values, x);
     }
+}
+
+/// Adds `Σ x xᵀ` of rows `[n_rows, n]` to `sum`, `[n, n]`: the products of the rows in f32, their
+/// sum in f64.
+pub(crate) fn add_moment(sum: &mut [f64], x: MatrixRef<'_>) {
+    let [n_rows, n] = x.shape();
+    let mut columns = vec![0.0; n * n_rows];
+    for (row, values) in x.data().chunks_exact(n.max(1)).enumerate() {
+        for (column, value) in values.iter().enumerate() {
+            columns[column * n_rows + row] = *value;
+        }
+    }
+    let mut products = vec![0.0; n * n];
+    let (Ok(xt), Ok(mut sums)) =
+        (MatrixRef::new(&columns, n, n_rows), MatrixMut::new(&mut products, n, n))
+    else {
+        unreachable!("the buffers were sized for the matrices")
+    };
+    Backend::active().add_dense(WeightRef::F32(&columns), xt, &mut sums);
+    let sums = sum.par_chunks_mut(SUM_ELEMENTS);
+    sums.zip(products.par_chunks(SUM_ELEMENTS)).for_each(|(sums, products)| {
+        sums.iter_mut().zip(products).for_each(|(sum, p)| *sum += f64::from(*p));
+    });
 }
 
 /// Measures a model's moments on tokens, block by block.
@@ -113,7 +119,7 @@ impl<'a> MomentRun<'a> {
 }
 
 /// Tokens of a window that a model can run.
-pub(super) fn held_window(model: &Model, window_tokens: usize) -> usize {
+pub(crate) fn held_window(model: &Model, window_tokens: usize) -> usize {
     window_tokens.min(model.config().context_tokens).max(1)
 }
 

@@ -181,7 +181,7 @@ impl Pass<'_, '_> {
             }
             (SiteInput::AttentionOutput, _) => {
                 self.attention_input(index, layer);
-                self.heads(index, layer, segments);
+                self.heads(index, layer, segments, &mut Nobody);
                 observer.observe(index, input, matrix(&self.attended, n));
             }
             (SiteInput::FeedForward, None) => {

@@ -8,6 +8,7 @@ use crate::config::Mixture;
 use crate::decoder::Mlp;
 use crate::linear::{Linear, RowGroup, SiteDelta, apply_all};
 use crate::observer::{Observer, SiteInput};
+use crate::weights::Inputs;
 use crate::{Model, Tenant};
 
 /// A row of the batch and an expert that was chosen for it.
@@ -61,7 +62,7 @@ impl<'a> Pass<'_, 'a> {
                     |t: &'a Tenant| -> &'a SiteDelta { &t.decoder.layers[index].mlps[expert].down };
                 let x = matrix(&buffers.gate, n);
                 let down = mlp.down.to(&site, matrix_mut(&mut out, n));
-                apply_all(backend, &self.groups_of(own), x, [down]);
+                apply_all(backend, &self.groups_of(own), &Inputs::plain(x), [down]);
                 for (route, out) in own.iter().zip(out.chunks_exact_mut(hidden)) {
                     out.iter_mut().for_each(|v| *v *= route.weight);
                     add_assign(&mut self.out[route.row * hidden..(route.row + 1) * hidden], out);
@@ -130,7 +131,7 @@ impl<'a> Pass<'_, 'a> {
         apply_all(
             backend,
             &groups,
-            x,
+            &Inputs::plain(x),
             [
                 mlp.gate.to(&|t| &site(t).gate, matrix_mut(gate, n)),
                 mlp.up.to(&|t| &site(t).up, matrix_mut(up, n)),

@@ -6,8 +6,8 @@ use anyhow::{Context as _, bail};
 use onebase_codec::{Stage, stage_seconds};
 use onebase_compress::{
     ArchiveReport, Calibration, DistillText, Distilled, Inputs, Job, Pair, Plan, Progress,
-    Sequential, TablePlan, archive, check_calibrated, compress, compress_part, distill,
-    expected_memory,
+    Reference, RotatedPair, Sequential, TablePlan, archive, check_calibrated, compress,
+    compress_part, distill, expected_memory, open_rotated,
 };
 use onebase_eval::{TextFile, Watcher as _};
 use onebase_format::Checkpoint;
@@ -15,7 +15,7 @@ use onebase_format::artifact::{
     Artifact, ArtifactWriter, CalibrationRecord, Manifest, Role, Shard, Sizes,
 };
 use onebase_format::statistics::Source;
-use onebase_model::{Model, TextModel};
+use onebase_model::{Model, ModelConfig, TextModel};
 use serde_json::{Map, Value, json};
 
 use crate::args::{CompressArgs, GivenCodec};
@@ -100,6 +100,43 @@ impl Progress for Passes {
     }
 }
 
+/// A pair, in the basis of the base where that is quantized.
+enum OpenedPair {
+    Plain(Pair),
+    Rotated { pair: RotatedPair, has_high_inputs: bool },
+}
+
+impl OpenedPair {
+    fn open(args: &CompressArgs, fine_tune: &Path) -> anyhow::Result<Self> {
+        let base = Checkpoint::open(&args.base)?;
+        let config = ModelConfig::from_json(base.config(), base.dir())?;
+        if config.quantization.is_none() && args.full_base.is_none() {
+            return Ok(Self::Plain(Pair::open(&args.base, fine_tune)?));
+        }
+        let reference = match &args.full_base {
+            None => Reference::Quantized,
+            Some(full) => Reference::Full(full.clone()),
+        };
+        let bar = Bar::new("rotating");
+        let pair = open_rotated(&args.base, fine_tune, &reference, &args.out, &bar)?;
+        bar.finish();
+        let has_high_inputs = config.quantization.is_some_and(|q| q.high_hidden > 0);
+        Ok(Self::Rotated { pair, has_high_inputs })
+    }
+
+    /// Whether the base has some of a site's inputs in more bits than the others.
+    fn has_high_inputs(&self) -> bool {
+        matches!(self, Self::Rotated { has_high_inputs: true, .. })
+    }
+
+    fn pair(&self) -> &Pair {
+        match self {
+            Self::Plain(pair) => pair,
+            Self::Rotated { pair, .. } => pair.pair(),
+        }
+    }
+}
+
 /// The inputs by which errors of linear sites are weighed, if they are.
 fn inputs(args: &CompressArgs, pair: &Pair) -> anyhow::Result<Option<Inputs>> {
     if let Some(dir) = &args.statistics {
@@ -120,8 +157,8 @@ fn inputs(args: &CompressArgs, pair: &Pair) -> anyhow::Result<Option<Inputs>> {
 
 pub(crate) fn run(args: &CompressArgs, output: &Output) -> anyhow::Result<()> {
     let start = Instant::now();
-    let (codec, has_size) = match &args.codec {
-        GivenCodec::Delta { spec, has_size } => (spec, *has_size),
+    let (codec, has_size, has_scale) = match &args.codec {
+        GivenCodec::Delta { spec, has_size, has_scale } => (spec, *has_size, *has_scale),
         GivenCodec::Family(rqt) => return family::compress(args, rqt, output),
     };
     let [fine_tune] = &args.fine_tunes[..] else {
@@ -133,7 +170,23 @@ pub(crate) fn run(args: &CompressArgs, output: &Output) -> anyhow::Result<()> {
     if args.leaf.is_some() || args.dry_run {
         bail!("--leaf and --dry-run are for a family, which `--codec rqt` compresses");
     }
-    let pair = Pair::open(&args.base, Path::new(fine_tune))?;
+    let opened = OpenedPair::open(args, Path::new(fine_tune))?;
+    if args.keep_original && matches!(opened, OpenedPair::Rotated { .. }) {
+        bail!(
+            "--keep-original stores a fine-tune by what it has of a full base: `onebase archive` \
+             does"
+        );
+    }
+    let pair = opened.pair();
+    // On a base with inputs of more bits than others, signs need two scales a row.
+    let split = codec.with("scale", "parts".into()).ok();
+    let codec = match &split {
+        Some(split) if !has_scale && opened.has_high_inputs() => {
+            Output::note(&format!("note: {} for this base", split.short()));
+            split
+        }
+        _ => codec,
+    };
     // What a wrong command says is said before whole models are read.
     if args.statistics.is_some() || args.calibration.is_some() {
         check_calibrated(codec)?;
@@ -143,16 +196,16 @@ pub(crate) fn run(args: &CompressArgs, output: &Output) -> anyhow::Result<()> {
         args.embeddings.clone().unwrap_or_else(|| TablePlan::Codec(codec.clone())),
         args.vectors.clone(),
     );
-    plan.calibration = inputs(args, &pair)?;
+    plan.calibration = inputs(args, pair)?;
     let plan = match args.budget {
         Some(_) if has_size => {
             bail!("{codec} says its size, so that --budget cannot choose it; give one of them")
         }
         Some(budget) => {
-            let plan = budget.fit(&pair, &plan, args.embeddings.is_none())?;
+            let plan = budget.fit(pair, &plan, args.embeddings.is_none())?;
             if args.allocate {
                 let bar = Bar::new("allocating");
-                let allocated = budget.allocate(&pair, &plan, &bar)?;
+                let allocated = budget.allocate(pair, &plan, &bar)?;
                 bar.finish();
                 allocated
             } else {
@@ -161,7 +214,7 @@ pub(crate) fn run(args: &CompressArgs, output: &Output) -> anyhow::Result<()> {
         }
         None => plan,
     };
-    let expected = expected_memory(&pair, &plan, rayon::current_num_threads())?;
+    let expected = expected_memory(pair, &plan, rayon::current_num_threads())?;
     // Fitting scales runs both models, and allocating encodes at larger sizes than the
     // plan's: neither is counted there.
     let is_counted = args.distill.is_none() && !args.allocate;
@@ -173,22 +226,22 @@ pub(crate) fn run(args: &CompressArgs, output: &Output) -> anyhow::Result<()> {
     }
     let shard = args.shard.unwrap_or(Shard::WHOLE);
     let written = if let Some(text) = &args.distill {
-        Some(distilled(args, text, &pair, &plan)?)
+        Some(distilled(args, text, pair, &plan)?)
     } else {
         let bar = Bar::new("compressing");
         let job = Job { shard, restart: args.restart };
-        let written = compress_part(&pair, &plan, job, &args.out, &bar)?;
+        let written = compress_part(pair, &plan, job, &args.out, &bar)?;
         bar.finish();
         written.map(|(manifest, sizes)| Written { manifest, sizes, distilled: None, kept: None })
     };
-    let written = written.map(|written| keep_original(args, &pair, written)).transpose()?;
+    let written = written.map(|written| keep_original(args, pair, written)).transpose()?;
     let cost = Cost {
         seconds: start.elapsed().as_secs_f64(),
         read_bytes: pair.base().size_bytes() + pair.fine_tune().size_bytes(),
         expected_memory_bytes: said,
     };
     match written {
-        Some(written) => say_artifact(args, &pair, &written, &cost, output),
+        Some(written) => say_artifact(args, pair, &written, &cost, output),
         None => say_shard(args, shard, &cost, output),
     }
 }
@@ -251,7 +304,7 @@ fn say_artifact(
     let mut object = json!({
         "artifact": args.out,
         "bytes": sizes.total_bytes,
-        "fine_tune_bytes": pair.fine_tune().size_bytes(),
+        "fine_tune_bytes": pair.fine_tune_bytes(),
         "effective_bpw_linear": sizes.effective_bpw_linear(),
         "effective_bpw_total": sizes.effective_bpw_total(),
         "codecs": manifest.codecs,

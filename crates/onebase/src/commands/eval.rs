@@ -10,7 +10,7 @@ use onebase_eval::{
 };
 use onebase_format::artifact::{Artifact, CalibrationRecord, DeltaError, Quality, TaskQuality};
 use onebase_format::{Checkpoint, write_file};
-use onebase_model::{Model, Tenant};
+use onebase_model::{Model, ModelConfig, Tenant};
 use serde_json::{Value, json};
 
 use crate::args::{EvalArgs, MeasureArgs};
@@ -23,15 +23,18 @@ pub(crate) fn run(args: &EvalArgs, output: &Output) -> anyhow::Result<()> {
     if calibration.is_some() && args.artifact.is_none() {
         bail!("--calibration is for the error of an artifact, and none is given");
     }
-    let pair = Pair::open(&args.base, &args.reference)?;
+    // On a quantized base weights are in another basis, and are not compared.
+    let base = Checkpoint::open(&args.base)?;
+    let is_quantized = ModelConfig::from_json(base.config(), base.dir())?.quantization.is_some();
+    let pair = (!is_quantized).then(|| Pair::open(&args.base, &args.reference)).transpose()?;
     let artifact = args.artifact.as_deref().map(Artifact::open).transpose()?;
-    if let Some(artifact) = &artifact {
+    if let (Some(artifact), Some(pair)) = (&artifact, &pair) {
         check_reference(artifact, pair.fine_tune())?;
     }
     if let Some(path) = &args.samples {
         can_be_written(path)?;
     }
-    let base = Model::load(Checkpoint::open(&args.base)?)?;
+    let base = Model::load(base)?;
     let tenant = artifact.as_ref().map(|artifact| Tenant::load(&base, artifact)).transpose()?;
     let finetune = Model::load(Checkpoint::open(&args.reference)?)?;
 
@@ -48,16 +51,23 @@ pub(crate) fn run(args: &EvalArgs, output: &Output) -> anyhow::Result<()> {
     if let Some(path) = &args.samples {
         write_samples(path, &ruler, &measurement)?;
     }
-    let sites = match &artifact {
-        Some(artifact) => {
+    let sites = match (&artifact, &pair) {
+        (Some(artifact), Some(pair)) => {
             let calibration = tokens.as_deref().map(|tokens| (&finetune, tokens));
-            site_errors(&pair, artifact, calibration, &stages)?
+            site_errors(pair, artifact, calibration, &stages)?
         }
-        None => Vec::new(),
+        _ => Vec::new(),
     };
     stages.finish();
     let error = (!sites.is_empty()).then(|| total_error(&sites));
     let mut notes = ruler.notes().to_vec();
+    if is_quantized {
+        notes.push(
+            "The base is quantized: weights are in its basis and are not compared with the \
+             fine-tune's."
+                .into(),
+        );
+    }
     if error.is_some_and(|e| e.weight >= 1.0) {
         notes.push("The artifact is no nearer to the fine-tune's weights than the base is.".into());
     }
@@ -85,8 +95,8 @@ pub(crate) fn run(args: &EvalArgs, output: &Output) -> anyhow::Result<()> {
         .collect();
     let [base_speed, finetune_speed] = ruler.speed();
     let object = json!({
-        "base": pair.base().name(),
-        "finetune": pair.fine_tune().name(),
+        "base": base.checkpoint().name(),
+        "finetune": finetune.checkpoint().name(),
         "artifact": args.artifact,
         "tool": quality.tool,
         "seed": quality.seed,

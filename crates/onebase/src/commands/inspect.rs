@@ -4,11 +4,12 @@ use onebase_codec::CodecSpec;
 use onebase_format::archive::Archive;
 use onebase_format::artifact::{Artifact, CodecRecord, Manifest, Sizes, Storage};
 use onebase_format::family::Family;
+use onebase_model::quantized::QUANTIZED_FILE;
 use serde_json::json;
 
 use crate::args::InspectArgs;
 use crate::commands::eval::{figures, skill};
-use crate::commands::{archive, family};
+use crate::commands::{archive, family, quantize};
 use crate::output::{Output, bytes, table};
 
 pub(crate) fn run(args: &InspectArgs, output: &Output) -> anyhow::Result<()> {
@@ -17,6 +18,9 @@ pub(crate) fn run(args: &InspectArgs, output: &Output) -> anyhow::Result<()> {
     }
     if Family::is_at(&args.artifact) {
         return family::inspect(&args.artifact, output);
+    }
+    if args.artifact.join(QUANTIZED_FILE).is_file() {
+        return quantize::inspect(&args.artifact, output);
     }
     let artifact = Artifact::open(&args.artifact)?;
     let (manifest, sizes) = (artifact.manifest(), artifact.sizes());

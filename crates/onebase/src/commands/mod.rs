@@ -12,5 +12,6 @@ pub(crate) mod family;
 pub(crate) mod finalize;
 pub(crate) mod generate;
 pub(crate) mod inspect;
+pub(crate) mod quantize;
 pub(crate) mod restore;
 pub(crate) mod verify;
