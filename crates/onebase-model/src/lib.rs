@@ -35,7 +35,7 @@ pub use model::{Model, check_tensors};
 pub use observer::{Nobody, Observer, SiteInput};
 pub use sampler::{Sampler, SamplingParams};
 pub use tenant::{Tenant, Wrap, resident_bytes_of};
-pub use tokenizer::{TextModel, Tokenizer, start_token, stop_tokens};
+pub use tokenizer::{GenerationDefaults, TextModel, Tokenizer, start_token, stop_tokens};
 
 /// The result of this crate's operations.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

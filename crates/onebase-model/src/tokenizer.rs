@@ -1,7 +1,8 @@
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use onebase_format::artifact::Artifact;
-use onebase_format::{CONFIG_FILE, Checkpoint};
+use onebase_format::{CONFIG_FILE, Checkpoint, Digest};
 use serde_json::Value;
 
 use crate::{ChatTemplate, Error, Result};
@@ -10,14 +11,28 @@ const TOKENIZER: &str = "tokenizer.json";
 const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 const GENERATION_CONFIG: &str = "generation_config.json";
 
-/// A tokenizer in the format of the `tokenizers` library.
-#[derive(Debug)]
+/// A tokenizer in the format of the `tokenizers` library; its clones share their tables.
+#[derive(Clone, Debug)]
 pub struct Tokenizer {
-    inner: tokenizers::Tokenizer,
+    inner: Arc<tokenizers::Tokenizer>,
+    digest: Digest,
     path: PathBuf,
 }
 
 impl Tokenizer {
+    fn read(bytes: &[u8], digest: Digest, path: &Path) -> Result<Self> {
+        let bad = |e: tokenizers::Error| Error::Tokenizer {
+            path: path.to_owned(),
+            problem: e.to_string(),
+        };
+        let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(bad)?;
+        // Left over from training; as in transformers, a prompt is neither cut nor
+        // filled up.
+        inner.with_truncation(None).map_err(bad)?;
+        inner.with_padding(None);
+        Ok(Self { inner: Arc::new(inner), digest, path: path.to_owned() })
+    }
+
     fn bad(&self, problem: &dyn std::fmt::Display) -> Error {
         Error::Tokenizer { path: self.path.clone(), problem: problem.to_string() }
     }
@@ -38,6 +53,53 @@ impl Tokenizer {
     pub fn decode(&self, tokens: &[u32]) -> Result<String> {
         self.inner.decode(tokens, true).map_err(|e| self.bad(&e))
     }
+
+    /// The text of one token, a special one's name; `None` where there is no such token.
+    /// Part of a character reads as U+FFFD.
+    pub fn token_text(&self, token: u32) -> Option<String> {
+        self.inner.id_to_token(token)?;
+        self.inner.decode(&[token], false).ok()
+    }
+
+    /// A token as the vocabulary writes it, unlike every other; `None` where there is none.
+    pub fn token_name(&self, token: u32) -> Option<String> {
+        self.inner.id_to_token(token)
+    }
+
+    /// The digest of its file.
+    pub fn digest(&self) -> Digest {
+        self.digest
+    }
+}
+
+/// What a model's publisher says of how its tokens are chosen, in `generation_config.json`.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct GenerationDefaults {
+    /// Divides the logits.
+    pub temperature: Option<f32>,
+    /// Only the most likely tokens whose probabilities reach it.
+    pub top_p: Option<f32>,
+    /// Only so many of the most likely tokens.
+    pub top_k: Option<usize>,
+    /// Divides positive logits of tokens that are there, and multiplies negative ones.
+    pub repetition_penalty: Option<f32>,
+}
+
+impl GenerationDefaults {
+    /// Figures that are out of range are as if they were not there.
+    fn from_json(config: &Value) -> Self {
+        #[allow(clippy::cast_possible_truncation)]
+        let number = |field: &str, most: f64| {
+            let value = config[field].as_f64().filter(|v| (0.0..=most).contains(v));
+            value.map(|v| v as f32)
+        };
+        Self {
+            temperature: number("temperature", 100.0),
+            top_p: number("top_p", 1.0).filter(|p| *p > 0.0),
+            top_k: config["top_k"].as_u64().and_then(|k| usize::try_from(k).ok()),
+            repetition_penalty: number("repetition_penalty", 100.0).filter(|p| *p > 0.0),
+        }
+    }
 }
 
 /// What turns messages into tokens and tokens into text: tokenizer, chat
@@ -50,8 +112,13 @@ pub struct TextModel {
     pub chat_template: Option<ChatTemplate>,
     /// Tokens that end an answer.
     pub stop_tokens: Vec<u32>,
+    /// How tokens are chosen where nobody says it.
+    pub defaults: GenerationDefaults,
     path: PathBuf,
 }
+
+/// Gives a tokenizer that is in memory already, by the digest of its file.
+type Known<'a> = &'a dyn Fn(Digest) -> Option<Tokenizer>;
 
 impl TextModel {
     /// Reads the files of a checkpoint.
@@ -59,7 +126,7 @@ impl TextModel {
     /// # Errors
     /// When the tokenizer is missing or a file is malformed.
     pub fn from_checkpoint(checkpoint: &Checkpoint) -> Result<Self> {
-        Self::read(checkpoint.dir(), |name| Ok(checkpoint.side_file(name)?))
+        Self::read(checkpoint.dir(), |name| Ok(checkpoint.side_file(name)?), &|_| None)
     }
 
     /// Reads the files of a fine-tune from its artifact, the base's where they
@@ -68,21 +135,36 @@ impl TextModel {
     /// # Errors
     /// When the tokenizer is missing or a file is malformed or has changed.
     pub fn from_artifact(artifact: &Artifact, base: &Checkpoint) -> Result<Self> {
-        Self::read(artifact.dir(), |name| Ok(artifact.side_file(base, name)?))
+        Self::from_artifact_with(artifact, base, &|_| None)
     }
 
-    fn read(path: &Path, file: impl Fn(&str) -> Result<Option<Vec<u8>>>) -> Result<Self> {
+    /// [`TextModel::from_artifact`], with the tokenizer that `known` gives for the digest of
+    /// its file, where it gives one: tables that many tenants have are in memory once.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn from_artifact_with(
+        artifact: &Artifact,
+        base: &Checkpoint,
+        known: &dyn Fn(Digest) -> Option<Tokenizer>,
+    ) -> Result<Self> {
+        Self::read(artifact.dir(), |name| Ok(artifact.side_file(base, name)?), known)
+    }
+
+    fn read(
+        path: &Path,
+        file: impl Fn(&str) -> Result<Option<Vec<u8>>>,
+        known: Known<'_>,
+    ) -> Result<Self> {
         let path = path.to_owned();
         let Some(bytes) = file(TOKENIZER)? else {
             return Err(Error::MissingFile { path, file: TOKENIZER });
         };
-        let bad =
-            |e: tokenizers::Error| Error::Tokenizer { path: path.clone(), problem: e.to_string() };
-        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(bad)?;
-        // Left over from training; as in transformers, a prompt is neither cut nor
-        // filled up.
-        inner.with_truncation(None).map_err(bad)?;
-        inner.with_padding(None);
+        let digest = Digest::of(&bytes);
+        let tokenizer = match known(digest) {
+            Some(tokenizer) => tokenizer,
+            None => Tokenizer::read(&bytes, digest, &path)?,
+        };
         let json = |name| read_json(name, &file, &path);
         let tokenizer_config = json(TOKENIZER_CONFIG)?;
         let own_template = match file("chat_template.jinja")? {
@@ -100,8 +182,8 @@ impl TextModel {
             })
             .transpose()?;
         let stop_tokens = special_tokens("eos_token_id", &file, &path)?;
-        let tokenizer = Tokenizer { inner, path: path.clone() };
-        Ok(Self { tokenizer, chat_template, stop_tokens, path })
+        let defaults = GenerationDefaults::from_json(&json(GENERATION_CONFIG)?);
+        Ok(Self { tokenizer, chat_template, stop_tokens, defaults, path })
     }
 
     /// Tokens of a conversation, up to where the answer begins.

@@ -258,6 +258,19 @@ impl Artifact {
         &self.manifest
     }
 
+    /// The digest of all that the manifest says but how good the artifact is: two artifacts
+    /// with one digest are the same delta of the same base, to the byte.
+    ///
+    /// # Errors
+    /// When the manifest has no text.
+    pub fn digest(&self) -> Result<Digest> {
+        let manifest = Manifest { quality: None, ..self.manifest.clone() };
+        let text = manifest
+            .to_json()
+            .map_err(|source| Error::Json { path: self.dir.join(MANIFEST_FILE), source })?;
+        Ok(Digest::of(text.as_bytes()))
+    }
+
     /// Bytes on disk and what they cover.
     pub fn sizes(&self) -> Sizes {
         self.sizes
