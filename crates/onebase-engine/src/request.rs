@@ -205,6 +205,9 @@ pub enum Event {
         text: String,
         /// Why.
         finish_reason: FinishReason,
+        /// The token that ended it and is no part of it, and how likely it was, where that was
+        /// asked for.
+        stop_token: Option<(u32, TokenLogprobs)>,
         /// What it cost.
         usage: Usage,
     },

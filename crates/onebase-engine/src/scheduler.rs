@@ -135,7 +135,9 @@ impl Scheduler {
     }
 
     fn enqueue(&mut self, mut sequence: Sequence) {
-        if self.queue.len() >= self.limits.queue {
+        // Those who will be let in at the next step wait for nobody.
+        let free = self.limits.max_batch.saturating_sub(self.running.len());
+        if self.queue.len() >= self.limits.queue + free {
             let n_waiting = self.queue.len();
             let error = Error::QueueFull { n_waiting, retry_after: self.retry_after() };
             self.shared.with(|metrics| metrics.n_rejected += 1);

@@ -221,12 +221,13 @@ impl Sequence {
         let raw = self.logprobs.map(|_| logits.to_vec());
         let (token, is_complete) = self.chooser.choose(logits)?;
         self.n_new += 1;
+        let logprobs = raw.zip(self.logprobs).map(|(raw, n_top)| logprobs_of(&raw, token, n_top));
         if self.stop_tokens.contains(&token) {
             let rest = self.text.finish(&self.lease.text().tokenizer)?;
-            return Ok(self.end(rest, FinishReason::Stop));
+            let stop_token = logprobs.map(|logprobs| (token, logprobs));
+            return Ok(self.end_at(rest, FinishReason::Stop, stop_token));
         }
         self.tokens.push(token);
-        let logprobs = raw.zip(self.logprobs).map(|(raw, n_top)| logprobs_of(&raw, token, n_top));
         let (text, is_stopped) = self.text.push(token, &self.lease.text().tokenizer)?;
         if !(self.sink)(Event::Token { token, text, logprobs }) {
             return Ok(Outcome::Unheard);
@@ -245,9 +246,18 @@ impl Sequence {
     }
 
     fn end(&mut self, text: String, finish_reason: FinishReason) -> Outcome {
+        self.end_at(text, finish_reason, None)
+    }
+
+    fn end_at(
+        &mut self,
+        text: String,
+        finish_reason: FinishReason,
+        stop_token: Option<(u32, TokenLogprobs)>,
+    ) -> Outcome {
         let (prompt_tokens, cached_tokens) = (self.n_prompt, self.n_cached);
         let usage = Usage { prompt_tokens, cached_tokens, new_tokens: self.n_new };
-        (self.sink)(Event::End { text, finish_reason, usage });
+        (self.sink)(Event::End { text, finish_reason, stop_token, usage });
         Outcome::Ended
     }
 

@@ -127,7 +127,7 @@ impl Asked {
                     answer.pieces.push(text);
                     answer.logprobs.push(logprobs);
                 }
-                Event::End { text, finish_reason, usage } => {
+                Event::End { text, finish_reason, usage, .. } => {
                     answer.pieces.push(text);
                     answer.end = Ok((finish_reason, usage));
                     return answer;
