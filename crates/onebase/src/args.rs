@@ -11,6 +11,12 @@ use onebase_codec::rqt::Rqt;
 use onebase_compress::{Budget, TablePlan, VectorPlan};
 use onebase_format::artifact::Shard;
 
+mod bench;
+mod serve;
+
+pub(crate) use bench::{Arrivals, BenchCommand, BenchServeArgs, Draw};
+pub(crate) use serve::ServeArgs;
+
 /// One base model, hundreds of fine-tunes.
 ///
 /// OneBase stores each fine-tune as a small compressed delta of its base model and
@@ -57,6 +63,11 @@ pub(crate) enum Command {
     Compare(CompareArgs),
     /// Answer prompts with the base and any number of deltas, in one batch
     Generate(GenerateArgs),
+    /// Serve the base and any number of tenants to clients of OpenAI's API
+    Serve(ServeArgs),
+    /// Measure what runs
+    #[command(subcommand)]
+    Bench(BenchCommand),
     /// Compress the demo family with each codec, score it and ask it questions
     Demo(DemoArgs),
     /// List the codecs and their options

@@ -21,6 +21,10 @@ fn main() -> ExitCode {
         Output::note(&format!("error: {error}"));
         return ExitCode::from(WRONG_USE);
     }
+    if let Command::Serve(serve) = &args.command {
+        // Its engine has a pool of its own, of which no thread waits for the network.
+        return exit_code(commands::serve::run(serve, args.threads, &Output::new(args.json)));
+    }
     let pool = rayon::ThreadPoolBuilder::new().num_threads(args.threads).build();
     let result = match pool {
         // The whole command runs inside the pool, so that handing out work never
@@ -28,6 +32,10 @@ fn main() -> ExitCode {
         Ok(pool) => pool.install(|| run(args)),
         Err(error) => Err(error.into()),
     };
+    exit_code(result)
+}
+
+fn exit_code(result: anyhow::Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if output::is_broken_pipe(&error) => ExitCode::SUCCESS,
@@ -53,6 +61,8 @@ fn run(args: Args) -> anyhow::Result<()> {
         Command::Eval(args) => commands::eval::run(&args, &output),
         Command::Compare(args) => commands::compare::run(&args, &output),
         Command::Generate(args) => commands::generate::run(&args, &output),
+        Command::Bench(command) => commands::bench::run(&command, &output),
+        Command::Serve(_) => unreachable!("it is run outside the pool"),
         Command::Demo(args) => commands::demo::run(&args, &output),
         Command::Codecs => commands::codecs::run(&output),
         Command::Completions(args) => commands::completions::run(&args, &output),

@@ -82,6 +82,9 @@ fn hint(error: &(dyn std::error::Error + 'static)) -> Option<String> {
     if let Some(e) = error.downcast_ref::<onebase_eval::Error>() {
         return e.hint();
     }
+    if let Some(e) = error.downcast_ref::<onebase_engine::Error>() {
+        return e.hint();
+    }
     error.downcast_ref::<onebase_codec::Error>().and_then(onebase_codec::Error::hint)
 }
 

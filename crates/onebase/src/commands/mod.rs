@@ -1,6 +1,7 @@
 //! One file per command.
 
 pub(crate) mod archive;
+pub(crate) mod bench;
 pub(crate) mod calibrate;
 pub(crate) mod codecs;
 pub(crate) mod compare;
@@ -14,4 +15,5 @@ pub(crate) mod generate;
 pub(crate) mod inspect;
 pub(crate) mod quantize;
 pub(crate) mod restore;
+pub(crate) mod serve;
 pub(crate) mod verify;
