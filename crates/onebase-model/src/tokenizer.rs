@@ -66,6 +66,14 @@ impl Tokenizer {
         self.inner.id_to_token(token)
     }
 
+    /// Its tables, in the format of the `tokenizers` library.
+    ///
+    /// # Errors
+    /// When they have no text.
+    pub fn to_json(&self) -> Result<String> {
+        self.inner.to_string(false).map_err(|e| self.bad(&e))
+    }
+
     /// The digest of its file.
     pub fn digest(&self) -> Digest {
         self.digest

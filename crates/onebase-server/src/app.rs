@@ -2,12 +2,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use onebase_engine::{Engine, Lease};
+use onebase_engine::{Constraint, Engine, Lease};
+use serde_json::Value;
 use tokio::sync::Semaphore;
 
 use crate::auth::{Caller, Keys};
 use crate::error::ApiError;
 use crate::state_file::StateFile;
+use crate::structured::Grammars;
 
 /// Requests that may wait for a tenant to be read from disk at once.
 const COLD_REQUESTS: usize = 256;
@@ -52,6 +54,7 @@ pub struct App {
     pub(crate) deltas: Option<PathBuf>,
     /// Seconds since 1970, when it was started.
     pub(crate) created: u64,
+    pub(crate) grammars: Arc<Grammars>,
     cold: Arc<Semaphore>,
 }
 
@@ -67,7 +70,8 @@ impl App {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
         let created = now.map_or(0, |now| now.as_secs());
         let cold = Arc::new(Semaphore::new(COLD_REQUESTS));
-        Self { engine, keys, limits, state, deltas, created, cold }
+        let grammars = Arc::default();
+        Self { engine, keys, limits, state, deltas, created, grammars, cold }
     }
 
     /// The engine.
@@ -102,6 +106,22 @@ impl App {
             let _permit = permit;
             let lease = app.engine.registry().lease(&model, until)?;
             Ok((lease, Some(start.elapsed())))
+        })
+        .await
+    }
+
+    /// What keeps `n` answers to a schema, where there is one.
+    pub(crate) async fn constraints(
+        &self,
+        lease: &Lease,
+        schema: Option<Value>,
+        n: usize,
+    ) -> Result<Vec<Option<Box<dyn Constraint>>>, ApiError> {
+        let Some(schema) = schema else { return Ok((0..n).map(|_| None).collect()) };
+        let (lease, grammars) = (lease.clone(), Arc::clone(&self.grammars));
+        self.blocking(move || {
+            let constraints = grammars.constraints(&lease, schema, n)?;
+            Ok(constraints.into_iter().map(Some).collect())
         })
         .await
     }

@@ -15,6 +15,7 @@ use crate::flow::Flow;
 use crate::params::{Common, check_rest};
 use crate::render::{Form, Head};
 use crate::stream::respond;
+use crate::structured::schema_of;
 
 #[derive(Deserialize)]
 pub(crate) struct ChatBody {
@@ -117,21 +118,6 @@ impl ChatBody {
     }
 }
 
-/// Refuses forms of answers that are not plain text: to ignore one would be to break a promise.
-pub(crate) fn check_format(format: Option<&Value>) -> Result<(), ApiError> {
-    match format.map(|format| format["type"].as_str()) {
-        None | Some(Some("text")) => Ok(()),
-        Some(kind) => {
-            let message = format!(
-                "response_format: expected type text, got {}: this server does not constrain \
-                 answers to JSON",
-                kind.unwrap_or("none")
-            );
-            Err(ApiError::parameter("response_format", message).code("unsupported_parameter"))
-        }
-    }
-}
-
 /// `POST /v1/chat/completions`
 pub(crate) async fn chat(
     State(app): State<Arc<App>>,
@@ -139,7 +125,7 @@ pub(crate) async fn chat(
     Body(body): Body<ChatBody>,
 ) -> Result<Response, ApiError> {
     check_rest(&body.rest)?;
-    check_format(body.response_format.as_ref())?;
+    let schema = schema_of(body.response_format.as_ref())?;
     let (n, logprobs, asked) = (body.common.n()?, body.top_logprobs()?, body.max_tokens()?);
     let (is_stream, wants_usage) = (body.common.is_stream()?, body.common.wants_usage());
     let (lease, load_time) = app.lease(&caller, &body.common.model).await?;
@@ -151,11 +137,15 @@ pub(crate) async fn chat(
         body.messages.into_iter().map(ChatMessage::plain).collect::<Result<Vec<_>, _>>()?;
     let speaker = lease.clone();
     let prompt = app.blocking(move || Ok(speaker.text().encode_chat(&messages)?)).await?;
-    let requests = (0..n)
-        .map(|index| {
+    let constraints = app.constraints(&lease, schema, n).await?;
+    let requests = constraints
+        .into_iter()
+        .zip(0u64..)
+        .map(|(constraint, index)| {
             let mut request = body.common.request(&app, &lease, prompt.clone(), asked)?;
-            request.sampling.seed = request.sampling.seed.wrapping_add(index as u64);
+            request.sampling.seed = request.sampling.seed.wrapping_add(index);
             request.logprobs = logprobs;
+            request.constraint = constraint;
             Ok(request)
         })
         .collect::<Result<Vec<Request>, ApiError>>()?;

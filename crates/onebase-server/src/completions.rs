@@ -8,13 +8,13 @@ use serde_json::{Map, Value};
 
 use crate::app::App;
 use crate::auth::Caller;
-use crate::chat::check_format;
 use crate::error::ApiError;
 use crate::extract::Body;
 use crate::flow::Flow;
 use crate::params::{Common, MAX_CHOICES, check_rest};
 use crate::render::{Echo, Form, Head};
 use crate::stream::respond;
+use crate::structured::schema_of;
 
 /// Tokens that an answer has where no number is asked for, as OpenAI has it.
 const DEFAULT_TOKENS: usize = 16;
@@ -67,7 +67,7 @@ pub(crate) async fn completions(
     Body(body): Body<CompletionBody>,
 ) -> Result<Response, ApiError> {
     check_rest(&body.rest)?;
-    check_format(body.response_format.as_ref())?;
+    let schema = schema_of(body.response_format.as_ref())?;
     let (n, is_echo) = (body.common.n()?, body.echo.unwrap_or(false));
     if let Some(best_of) = body.best_of.filter(|best_of| *best_of != n) {
         let message = format!("best_of: expected n, {n}, got {best_of}");
@@ -84,6 +84,7 @@ pub(crate) async fn completions(
         return Err(ApiError::parameter("prompt", message));
     }
     let asked = body.common.max_tokens.unwrap_or(DEFAULT_TOKENS);
+    let mut constraints = app.constraints(&lease, schema, n_choices).await?.into_iter();
     let (mut requests, mut echoes): (Vec<Request>, Vec<Option<Echo>>) = (Vec::new(), Vec::new());
     for prompt in prompts {
         for index in 0..n {
@@ -92,6 +93,7 @@ pub(crate) async fn completions(
             request.sampling.seed = request.sampling.seed.wrapping_add(index as u64);
             request.logprobs = body.logprobs;
             request.prompt_logprobs = body.logprobs.filter(|_| is_echo);
+            request.constraint = constraints.next().flatten();
             requests.push(request);
             echoes.push(is_echo.then(|| prompt.clone()));
         }

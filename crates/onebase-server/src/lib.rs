@@ -21,6 +21,7 @@ mod render;
 mod routes;
 mod state_file;
 mod stream;
+mod structured;
 mod tenants;
 mod tokenize;
 

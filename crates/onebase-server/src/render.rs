@@ -195,7 +195,8 @@ impl Head {
         (0..n_choices).map(one).collect()
     }
 
-    /// The piece that an event brings, if it brings one; `offset` is counted on.
+    /// The piece that an event brings, if it brings one; `offset` is counted on. A token brings
+    /// one without a text, too, while a character is not complete: clients see that it goes on.
     pub(crate) fn piece(
         &self,
         index: usize,
@@ -203,13 +204,14 @@ impl Head {
         event: Event,
         offset: &mut usize,
     ) -> Option<Map<String, Value>> {
+        let is_token = matches!(event, Event::Token { .. });
         let (text, fresh) = self.take(index, choice, event);
         let (logprobs, end) = self.logprobs(&fresh, *offset);
         *offset = end;
         // Only the text's end is of use to a piece that comes later.
         choice.text.clear();
         let reason = choice.finish_reason;
-        if text.is_empty() && fresh.tokens.is_empty() && reason.is_none() {
+        if !is_token && text.is_empty() && reason.is_none() {
             return None;
         }
         let logprobs = if fresh.tokens.is_empty() { Value::Null } else { logprobs };

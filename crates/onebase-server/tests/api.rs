@@ -132,6 +132,47 @@ fn completions_take_texts_and_tokens() {
     assert_eq!(streamed, format!("Once upon a{}", said.as_str().unwrap()));
 }
 
+fn schema(schema: Value) -> Value {
+    json!({"response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}})
+}
+
+#[test]
+fn answers_keep_to_a_schema() {
+    let server = Server::plain();
+    let wanted = schema(json!({
+        "type": "object",
+        "properties": {
+            "sum": {"type": "integer", "minimum": 0, "maximum": 99},
+            "unit": {"enum": ["apples", "pears"]},
+            "is_known": {"type": "boolean"},
+        },
+        "required": ["sum", "unit", "is_known"],
+        "additionalProperties": false,
+    }));
+    let sampled = json!({"temperature": 1.5, "seed": 3, "n": 4, "max_tokens": 60});
+    let body = with(with(question("math"), wanted.clone()), sampled);
+    let reply = server.post("/v1/chat/completions", &body).ok();
+    for choice in reply["choices"].as_array().unwrap() {
+        let text = choice["message"]["content"].as_str().unwrap();
+        let value: Value = serde_json::from_str(text).unwrap_or_else(|_| panic!("{text:?}"));
+        assert!((0..=99).contains(&value["sum"].as_i64().unwrap()), "{value}");
+        assert!(["apples", "pears"].contains(&value["unit"].as_str().unwrap()), "{value}");
+        assert!(value["is_known"].is_boolean() && value.as_object().unwrap().len() == 3, "{value}");
+        assert_eq!(choice["finish_reason"], "stop");
+    }
+    let plain = with(
+        question("chat"),
+        json!({"response_format": {"type": "json_object"}, "max_tokens": 40}),
+    );
+    let reply = server.post("/v1/chat/completions", &plain).ok();
+    let choice = &reply["choices"][0];
+    let text = choice["message"]["content"].as_str().unwrap();
+    assert!(text.starts_with('{'), "{text:?}");
+    if choice["finish_reason"] == "stop" {
+        assert!(serde_json::from_str::<Value>(text).unwrap().is_object());
+    }
+}
+
 #[test]
 fn what_is_wrong_is_said() {
     let server = Server::plain();
@@ -149,7 +190,10 @@ fn what_is_wrong_is_said() {
         (json!({"top_logprobs": 2}), "top_logprobs"),
         (json!({"max_tokens": 1_000_000}), "max_tokens"),
         (json!({"tools": []}), "tools"),
-        (json!({"response_format": {"type": "json_object"}}), "response_format"),
+        (json!({"response_format": {"type": "xml"}}), "response_format"),
+        (json!({"response_format": {"type": "json_schema"}}), "response_format"),
+        (schema(json!({"type": "no type"})), "response_format"),
+        (schema(json!({"type": "string", "pattern": "("})), "response_format"),
         (json!({"messages": []}), "messages"),
         (json!({"messages": [{"role": "tool", "content": "x"}]}), "messages"),
         (json!({"stop": [""]}), "stop"),
