@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use onebase_model::{KvCache, Model};
 
 use crate::metrics::Metrics;
-use crate::prefix::pages;
+use crate::prefix::{pages, whole_pages};
 use crate::registry::{Lease, Registry};
 use crate::request::{Request, Sink};
 use crate::scheduler::{Command, Limits, Scheduler, Shared};
@@ -79,7 +79,7 @@ impl Engine {
         let limits = Limits {
             max_batch: options.max_batch.max(1),
             step_tokens: options.step_tokens.max(1),
-            kv_tokens: options.kv_bytes / bytes_per_token,
+            kv_tokens: whole_pages(options.kv_bytes / bytes_per_token),
             queue: options.queue.max(1),
         };
         let shared = Arc::new(Shared::default());

@@ -8,6 +8,7 @@
 //! There is no HTTP and no JSON here.
 
 mod engine;
+mod entries;
 mod error;
 mod metrics;
 mod names;
@@ -22,10 +23,11 @@ mod text_stream;
 mod voice;
 
 pub use engine::{Engine, Options, Ticket};
+pub use entries::{Desired, Listing};
 pub use error::Error;
 pub use metrics::{BUCKETS_SECONDS, Histogram, Metrics, TenantMetrics};
 pub use names::check_name;
-pub use registry::{Desired, Lease, Listing, Registry};
+pub use registry::{Lease, Registry};
 pub use request::{
     Constraint, Event, MAX_LOGPROBS, MAX_STOP_TEXTS, Penalties, Request, Sink, TokenLogprobs, Usage,
 };

@@ -109,3 +109,8 @@ const PAGE_TOKENS: usize = 32;
 pub(crate) fn pages(n_tokens: usize) -> usize {
     n_tokens.next_multiple_of(PAGE_TOKENS)
 }
+
+/// Positions of the pages that fit into as many.
+pub(crate) fn whole_pages(n_tokens: usize) -> usize {
+    n_tokens / PAGE_TOKENS * PAGE_TOKENS
+}

@@ -1,14 +1,13 @@
-use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use onebase_format::Digest;
 use onebase_format::artifact::{Artifact, digest_of_tensors};
-use onebase_model::{Model, Tenant, TextModel, resident_bytes_of};
+use onebase_model::{Model, Tenant, TextModel};
 use rayon::ThreadPool;
 
+use crate::entries::{Desired, Entry, Listing, State};
 use crate::names::{check_name, nearest};
 use crate::voice::{Facts, Probe, Voice};
 use crate::{Error, Result};
@@ -18,67 +17,6 @@ const RETRY_AFTER: Duration = Duration::from_secs(5);
 
 /// How often a load that waits for memory looks again, should no request wake it.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
-
-/// A tenant that is to be served, as it outlives the process.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Desired {
-    /// The name it is asked by.
-    pub name: String,
-    /// The artifact's folder.
-    pub source: PathBuf,
-    /// The digest of the delta; `None` takes what is there.
-    pub digest: Option<Digest>,
-    /// Which loading of the tenant this is.
-    pub generation: u64,
-}
-
-/// What a tenant's row in a list says.
-#[derive(Clone, Debug)]
-pub struct Listing {
-    /// Name, folder, delta, generation.
-    pub desired: Desired,
-    /// What is known of the artifact; `None` where it could not be opened.
-    pub facts: Option<Facts>,
-    /// Bytes of memory, where it is in memory.
-    pub resident_bytes: Option<usize>,
-    /// Requests that are answered by it.
-    pub n_uses: usize,
-    /// Why it could not be loaded when that was last tried.
-    pub failure: Option<Arc<Error>>,
-    /// How often its weights were read.
-    pub n_loads: u64,
-    /// How often they were dropped to make room.
-    pub n_evictions: u64,
-    /// How long the last reading took.
-    pub load_time: Duration,
-}
-
-#[derive(Debug)]
-struct Entry {
-    desired: Desired,
-    facts: Option<Facts>,
-    voice: Option<Arc<Voice>>,
-    /// Its bytes when it was last in memory.
-    bytes: Option<usize>,
-    failure: Option<(Arc<Error>, Instant)>,
-    /// Whether its delta was seen to change the output.
-    is_tested: bool,
-    last_used: u64,
-    n_loads: u64,
-    n_evictions: u64,
-    load_time: Duration,
-}
-
-#[derive(Debug, Default)]
-struct State {
-    entries: BTreeMap<String, Entry>,
-    /// Generations that were replaced or unloaded while they answered.
-    leaving: Vec<Weak<Voice>>,
-    /// Tenants that a call is loading or unloading.
-    changing: BTreeSet<String>,
-    last_generation: u64,
-    clock: u64,
-}
 
 /// The tenants: which there are, and which of them are in memory.
 ///
@@ -503,70 +441,5 @@ impl Registry {
     /// The newest generation that was given.
     pub fn last_generation(&self) -> u64 {
         self.state().last_generation
-    }
-}
-
-impl State {
-    fn resident_bytes(&self) -> usize {
-        let resident = self.entries.values().filter_map(|entry| entry.voice.clone());
-        let leaving = self.leaving.iter().filter_map(Weak::upgrade);
-        let voices: Vec<Arc<Voice>> = resident.chain(leaving).collect();
-        resident_bytes_of(voices.iter().filter_map(|voice| voice.weights()))
-    }
-
-    fn leave(&mut self, voice: Option<&Arc<Voice>>) {
-        self.leaving.retain(|voice| voice.strong_count() > 0);
-        self.leaving.extend(voice.map(Arc::downgrade));
-    }
-
-    /// Drops the least recently used voice that nobody uses.
-    fn evict(&mut self) -> Option<Arc<Voice>> {
-        let idle = |entry: &&mut Entry| entry.voice.as_ref().is_some_and(|v| !v.is_in_use());
-        let entry = self.entries.values_mut().filter(idle).min_by_key(|entry| entry.last_used)?;
-        entry.n_evictions += 1;
-        entry.voice.take()
-    }
-}
-
-impl Entry {
-    fn new(desired: Desired, facts: Option<Facts>) -> Self {
-        Self {
-            desired,
-            facts,
-            voice: None,
-            bytes: None,
-            failure: None,
-            is_tested: false,
-            last_used: 0,
-            n_loads: 0,
-            n_evictions: 0,
-            load_time: Duration::ZERO,
-        }
-    }
-
-    fn place(&mut self, voice: Voice, facts: Facts, time: Duration) -> Arc<Voice> {
-        let voice = Arc::new(voice);
-        self.bytes = voice.weights().map(Tenant::resident_bytes);
-        self.facts = Some(facts);
-        self.failure = None;
-        self.is_tested = true;
-        self.n_loads += 1;
-        self.load_time = time;
-        self.voice = Some(Arc::clone(&voice));
-        voice
-    }
-
-    fn listing(&self) -> Listing {
-        let voice = self.voice.as_ref();
-        Listing {
-            desired: self.desired.clone(),
-            facts: self.facts.clone(),
-            resident_bytes: self.bytes.filter(|_| voice.is_some()),
-            n_uses: voice.map_or(0, |voice| voice.uses.load(Ordering::Acquire)),
-            failure: self.failure.as_ref().map(|(error, _)| Arc::clone(error)),
-            n_loads: self.n_loads,
-            n_evictions: self.n_evictions,
-            load_time: self.load_time,
-        }
     }
 }

@@ -90,3 +90,72 @@ impl TextStream {
         text.len() - from
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use onebase_format::Checkpoint;
+    use onebase_model::TextModel;
+
+    use super::*;
+
+    const TEXT: &str = "né 你好 🙂🙃, end. The end";
+
+    fn tokenizer() -> Tokenizer {
+        let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../demo/base");
+        TextModel::from_checkpoint(&Checkpoint::open(&base).unwrap()).unwrap().tokenizer
+    }
+
+    /// The pieces of a text whose tokens come one by one, and whether a stop ended it.
+    fn pieces(text: &str, stops: &[&str]) -> (Vec<String>, bool) {
+        let tokenizer = tokenizer();
+        let mut stream = TextStream::new(stops.iter().map(|stop| (*stop).to_owned()).collect());
+        let mut pieces = Vec::new();
+        for token in tokenizer.encode(text, false).unwrap() {
+            let (piece, has_ended) = stream.push(token, &tokenizer).unwrap();
+            pieces.push(piece);
+            if has_ended {
+                return (pieces, true);
+            }
+        }
+        pieces.push(stream.finish(&tokenizer).unwrap());
+        (pieces, false)
+    }
+
+    #[test]
+    fn characters_come_whole() {
+        let (pieces, has_ended) = pieces(TEXT, &[]);
+        assert!(!has_ended);
+        assert!(pieces.iter().any(String::is_empty), "some are of several tokens: {pieces:?}");
+        assert!(pieces.iter().all(|piece| !piece.contains('\u{FFFD}')), "{pieces:?}");
+        assert_eq!(pieces.concat(), TEXT);
+    }
+
+    #[test]
+    fn half_a_character_at_the_end_is_as_the_tokenizer_writes_it() {
+        let tokenizer = tokenizer();
+        let mut tokens = tokenizer.encode("a🙂", false).unwrap();
+        tokens.pop();
+        let mut stream = TextStream::new(Vec::new());
+        let mut text = String::new();
+        for token in &tokens {
+            text.push_str(&stream.push(*token, &tokenizer).unwrap().0);
+        }
+        assert_eq!(text, "a");
+        text.push_str(&stream.finish(&tokenizer).unwrap());
+        assert_eq!(text, tokenizer.decode(&tokens).unwrap());
+    }
+
+    #[test]
+    fn a_stop_ends_it_wherever_tokens_part() {
+        for stop in ["end.", "d. T", "🙃", "好 🙂", "n", "The end"] {
+            let (pieces, has_ended) = pieces(TEXT, &["never", stop]);
+            assert!(has_ended, "{stop}");
+            assert_eq!(pieces.concat(), TEXT[..TEXT.find(stop).unwrap()], "{stop}");
+        }
+        let (pieces, has_ended) = pieces(TEXT, &["endless", "The end!"]);
+        assert!(!has_ended);
+        assert_eq!(pieces.concat(), TEXT);
+    }
+}

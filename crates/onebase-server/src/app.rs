@@ -79,7 +79,7 @@ impl App {
         &self.engine
     }
 
-    /// The right to answer as a model, which the caller may ask, and how long it took to read
+    /// The right to answer as a model, which the caller may ask once more, and how long it took to read
     /// it, where it was not in memory.
     pub(crate) async fn lease(
         self: &Arc<Self>,
@@ -89,6 +89,7 @@ impl App {
         if !caller.may_ask(model) {
             return Err(ApiError::no_model(model));
         }
+        caller.begin()?;
         if self.engine.is_draining() {
             return Err(onebase_engine::Error::Draining.into());
         }

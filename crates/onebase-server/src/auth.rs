@@ -1,4 +1,5 @@
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -258,6 +259,18 @@ impl FromRequestParts<Arc<App>> for Caller {
     }
 }
 
+/// Whether a request was sent to an address, or to this machine by its own name. A page of
+/// another site that has its name point here is told apart by that name.
+fn is_addressed_here(parts: &Parts) -> bool {
+    let host = parts.headers.get(header::HOST).and_then(|host| host.to_str().ok());
+    let host = host.unwrap_or_default();
+    let without_port = host.rsplit_once(':').map_or(host, |(name, _)| name);
+    let is_address = |text: &str| text.trim_matches(['[', ']']).parse::<IpAddr>().is_ok();
+    [host, without_port]
+        .iter()
+        .any(|name| name.eq_ignore_ascii_case("localhost") || is_address(name))
+}
+
 /// One who may change tenants.
 pub(crate) struct Admin;
 
@@ -265,6 +278,11 @@ impl FromRequestParts<Arc<App>> for Admin {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<Self, ApiError> {
+        let is_keyless = app.keys.admin.is_none();
+        if is_keyless && app.keys.is_local && !is_addressed_here(parts) {
+            let message = "without an admin key, tenants are changed at localhost or an address";
+            return Err(ApiError::new(StatusCode::FORBIDDEN, message));
+        }
         if app.keys.is_admin(presented(parts)) {
             return Ok(Self);
         }

@@ -129,7 +129,6 @@ pub(crate) async fn chat(
     let (n, logprobs, asked) = (body.common.n()?, body.top_logprobs()?, body.max_tokens()?);
     let (is_stream, wants_usage) = (body.common.is_stream()?, body.common.wants_usage());
     let (lease, load_time) = app.lease(&caller, &body.common.model).await?;
-    caller.begin()?;
     if body.messages.is_empty() {
         return Err(ApiError::parameter("messages", "messages: expected at least one"));
     }

@@ -75,7 +75,6 @@ pub(crate) async fn completions(
     }
     let (is_stream, wants_usage) = (body.common.is_stream()?, body.common.wants_usage());
     let (lease, load_time) = app.lease(&caller, &body.common.model).await?;
-    caller.begin()?;
     let (speaker, prompt) = (lease.clone(), body.prompt);
     let prompts = app.blocking(move || prompt.echoes(&speaker)).await?;
     let n_choices = prompts.len().saturating_mul(n);

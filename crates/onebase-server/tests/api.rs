@@ -132,14 +132,14 @@ fn completions_take_texts_and_tokens() {
     assert_eq!(streamed, format!("Once upon a{}", said.as_str().unwrap()));
 }
 
-fn schema(schema: Value) -> Value {
+fn schema(schema: &Value) -> Value {
     json!({"response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}})
 }
 
 #[test]
 fn answers_keep_to_a_schema() {
     let server = Server::plain();
-    let wanted = schema(json!({
+    let wanted = schema(&json!({
         "type": "object",
         "properties": {
             "sum": {"type": "integer", "minimum": 0, "maximum": 99},
@@ -192,8 +192,8 @@ fn what_is_wrong_is_said() {
         (json!({"tools": []}), "tools"),
         (json!({"response_format": {"type": "xml"}}), "response_format"),
         (json!({"response_format": {"type": "json_schema"}}), "response_format"),
-        (schema(json!({"type": "no type"})), "response_format"),
-        (schema(json!({"type": "string", "pattern": "("})), "response_format"),
+        (schema(&json!({"type": "no type"})), "response_format"),
+        (schema(&json!({"type": "string", "pattern": "("})), "response_format"),
         (json!({"messages": []}), "messages"),
         (json!({"messages": [{"role": "tool", "content": "x"}]}), "messages"),
         (json!({"stop": [""]}), "stop"),

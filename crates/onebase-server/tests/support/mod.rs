@@ -136,7 +136,8 @@ impl Server {
         key: Option<&str>,
         body: Option<&str>,
     ) -> Opened {
-        let mut text = format!("{method} {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n");
+        let mut text =
+            format!("{method} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n");
         if let Some(key) = key {
             text.push_str(&format!("authorization: Bearer {key}\r\n"));
         }
