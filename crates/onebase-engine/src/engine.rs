@@ -150,6 +150,12 @@ impl Engine {
         self.is_draining.load(Ordering::Acquire)
     }
 
+    /// Whether requests are taken and answered.
+    pub fn is_serving(&self) -> bool {
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        !self.is_draining() && thread.as_ref().is_some_and(|thread| !thread.is_finished())
+    }
+
     /// Takes no more requests and waits until those that are there are answered, for so long;
     /// then the rest fail. Whether none had to.
     pub fn drain(&self, patience: Duration) -> bool {

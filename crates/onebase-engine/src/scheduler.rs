@@ -346,7 +346,10 @@ impl Scheduler {
                 let sequence = &mut self.running[part.index];
                 sequence.account(part.n_tokens, n_new, &outcome, metrics);
                 let chosen = sequence.n_new() - n_new;
-                self.queue.serve(sequence.tenant(), part.n_tokens, chosen);
+                // A step of decoding runs the token that was chosen, and counted, before.
+                let of_prompt = if part.n_tokens == chosen { 0 } else { part.n_tokens };
+                self.queue.serve(sequence.tenant(), of_prompt, chosen);
+                metrics.n_rows += part.n_tokens as u64;
                 match outcome {
                     Outcome::Continues => {}
                     Outcome::Ended | Outcome::Unheard => ended.push((part.index, true)),
@@ -356,7 +359,7 @@ impl Scheduler {
         });
         for (index, is_sound) in ended.into_iter().rev() {
             let sequence = self.running.remove(index);
-            let seconds = sequence.age().as_secs_f64();
+            let seconds = sequence.place_time().as_secs_f64();
             self.seconds_per_answer += 0.1 * (seconds - self.seconds_per_answer);
             self.close();
             if is_sound {

@@ -297,9 +297,9 @@ impl Sequence {
         self.n_new
     }
 
-    /// How long ago it came.
-    pub(crate) fn age(&self) -> Duration {
-        self.arrived.elapsed()
+    /// How long ago it was let in for the first time.
+    pub(crate) fn place_time(&self) -> Duration {
+        self.started.map_or(Duration::ZERO, |started| started.elapsed())
     }
 
     /// Whether its time is over.

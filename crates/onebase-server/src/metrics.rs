@@ -75,6 +75,7 @@ fn text(app: &App) -> String {
     }
     let plain = [
         ("onebase_steps_total", "counter", "Steps", metrics.n_steps as f64),
+        ("onebase_rows_total", "counter", "Tokens that steps ran", metrics.n_rows as f64),
         (
             "onebase_forward_seconds_total",
             "counter",

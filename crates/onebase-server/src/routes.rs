@@ -45,7 +45,7 @@ async fn health() -> Json<Value> {
 }
 
 async fn ready(State(app): State<Arc<App>>) -> Response {
-    if app.engine.is_draining() {
+    if !app.engine.is_serving() {
         return ApiError::from(onebase_engine::Error::Draining).into_response();
     }
     Json(json!({"status": "ready"})).into_response()
