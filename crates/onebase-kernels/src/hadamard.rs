@@ -56,8 +56,8 @@ impl Hadamard {
                 let terms = row.iter().zip(other).map(|(a, b)| f64::from(*a) * f64::from(*b));
                 let relative = terms.sum::<f64>() / k as f64;
                 let want = if index == other_index { 1.0 } else { 0.0 };
-                // Negated, so that what is not a number fails.
-                if !((relative - want).abs() < 1e-5) {
+                let apart = (relative - want).abs();
+                if apart.is_nan() || apart >= 1e-5 {
                     return None;
                 }
             }
