@@ -107,6 +107,45 @@ fn rotating_alone_changes_no_logits() {
 }
 
 #[test]
+fn sizes_without_a_hadamard_matrix_are_rotated_at_random() {
+    let mut base = Memory::fixture("llama_tied_gqa");
+    let n = 14;
+    let old = base.config["intermediate_size"].as_u64().unwrap() as usize;
+    base.config["intermediate_size"] = n.into();
+    for (name, tensor) in &mut base.tensors {
+        let is_down = name.ends_with("down_proj.weight");
+        if !is_down && !name.contains(".mlp.") {
+            continue;
+        }
+        let wide = tensor.widen();
+        let (kept, shape) = if is_down {
+            let rows = wide.chunks(old).flat_map(|row| row[..n].to_vec()).collect();
+            (rows, vec![tensor.shape[0], n])
+        } else {
+            let width = wide.len() / old;
+            (wide[..n * width].to_vec(), [&[n], &tensor.shape[1..]].concat())
+        };
+        tensor.shape = shape;
+        tensor.fill(&kept);
+    }
+    let folder = Folder::new(&base, &base.tuned(2));
+    let out = folder.dir.path().join("quantized");
+    let text = tokens(&folder.base());
+    let written = quantize(&folder.base(), &FULL, Some(&text), &out, &Silent).unwrap();
+    assert_eq!(written.random_sizes, [n]);
+    assert!(written.rotation_error <= 1e-5, "{}", written.rotation_error);
+    let config = Checkpoint::open(&out).unwrap().config().clone();
+    assert_eq!(config["quantization_config"]["hadamard_block"], 7);
+    let delta = folder.dir.path().join("delta");
+    compress_on(&out, &folder.fine_tune(), &Reference::Quantized, "dense", &delta);
+    let tokens: Vec<u32> = (0..12).collect();
+    let model = load(&out);
+    let got = logits(&model, Some(&tenant(&model, &delta)), &tokens);
+    let error = relative(&got, &logits(&load(&folder.fine_tune()), None, &tokens));
+    assert!(error < 2e-5, "{error:e}");
+}
+
+#[test]
 fn a_delta_of_everything_makes_the_fine_tune() {
     // Norms and biases of the fine-tune too are others than the base's.
     for family in FAMILIES.into_iter().filter(|family| is_dense(family)) {
