@@ -32,7 +32,7 @@ pub struct Listen {
 impl Default for Listen {
     fn default() -> Self {
         Self {
-            max_connections: 4096,
+            max_connections: 16_384,
             head_time: Duration::from_secs(20),
             write_time: Duration::from_secs(60),
             drain_time: Duration::from_secs(30),

@@ -30,3 +30,8 @@ pub(crate) async fn style() -> impl IntoResponse {
 pub(crate) async fn script() -> impl IntoResponse {
     asset("text/javascript; charset=utf-8", include_str!("../assets/page.js"))
 }
+
+/// `GET /openapi.json`
+pub(crate) async fn openapi() -> impl IntoResponse {
+    asset("application/json", include_str!("../assets/openapi.json"))
+}

@@ -257,3 +257,31 @@ fn models_and_figures_are_listed() {
     assert!(page.body.contains("<title>OneBase</title>"));
     assert!(page.header("content-security-policy").unwrap().contains("default-src 'none'"));
 }
+
+#[test]
+fn the_description_names_what_there_is() {
+    let server = Server::plain();
+    let described = server.get("/openapi.json").ok();
+    for (path, methods) in described["paths"].as_object().unwrap() {
+        let path = path.replace("{model}", "nobody").replace("{name}", "nobody");
+        for method in methods.as_object().unwrap().keys() {
+            let reply = server.send(&method.to_uppercase(), &path, None, None);
+            // A method or a path that there is not is said in these words.
+            let is_there = !reply.body.contains("there is no /") && reply.status != 405;
+            assert!(is_there, "{method} {path}: {}", reply.body);
+        }
+    }
+    let text = described.to_string();
+    let names =
+        text.split("#/components/schemas/").skip(1).filter_map(|rest| rest.split('"').next());
+    for name in names {
+        assert!(described["components"]["schemas"][name].is_object(), "{name}");
+    }
+    // What it says of parameters is what is taken.
+    let known = described["components"]["schemas"]["Chat"]["properties"].as_object().unwrap();
+    for name in known.keys().filter(|name| !["model", "messages"].contains(&name.as_str())) {
+        let reply =
+            server.post("/v1/chat/completions", &with(question("math"), json!({name: "x"})));
+        assert_ne!(reply.json()["error"]["code"], "unsupported_parameter", "{name}");
+    }
+}
