@@ -308,7 +308,8 @@ impl Error {
                 Some("measure the base or the fine-tune with `onebase calibrate`".into())
             }
             Error::ShortText { .. } => Some(
-                "give a longer text, or more of it with --distill-tokens or --calibration-tokens"
+                "give a longer text, or more of it with --tokens, --distill-tokens or \
+                 --calibration-tokens"
                     .into(),
             ),
             Error::LogitsNotFinite { .. } | Error::InputNotFinite { .. } => {

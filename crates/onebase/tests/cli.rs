@@ -219,7 +219,7 @@ fn wrong_use_exits_with_two() {
     let (base, math, out) = (arg("base"), arg("math"), place.text("a"));
     let compress = ["compress", &base, &math, "--out", &out];
     let generate = ["generate", &base, "--prompt", "hi"];
-    let cases: [(&[&str], &[&str], &[&str]); 28] = [
+    let cases: [(&[&str], &[&str], &[&str]); 31] = [
         (&[], &[], &["Usage: onebase"]),
         (&["compres"], &[], &["unrecognized subcommand 'compres'", "'compress'"]),
         (&compress, &["--codec", "sgin"], &["unknown codec \"sgin\"", "did you mean `sign`"]),
@@ -231,7 +231,11 @@ fn wrong_use_exits_with_two() {
         (&compress, &["--codec", "rtn:bit=4"], &["rtn has no option \"bit\"", "it has bits"]),
         (&compress, &["--codec", "rtn:bits=9"], &["option bits: expected 1 to 8, got 9"]),
         (&compress, &["--codec", "rtn:bits"], &["option bits: expected 1 to 8, got \"\""]),
-        (&compress, &["--codec", "sign:scale=col"], &["expected row or matrix, got \"col\""]),
+        (
+            &compress,
+            &["--codec", "sign:scale=col"],
+            &["expected row or matrix or parts, got \"col\""],
+        ),
         (&compress, &["--colour"], &["unexpected argument '--colour'"]),
         (&compress, &["--codec", "rqt:depth=2"], &["rqt has no option \"depth\"", "topology"]),
         (&["family", "add", "x"], &[], &["required arguments were not provided", "--base"]),
@@ -247,6 +251,9 @@ fn wrong_use_exits_with_two() {
         (&generate, &["--top-p", "0"], &["expected a number above 0, at most 1"]),
         (&generate, &["--batch-size", "0"], &["0 is not in 1..=65535"]),
         (&generate, &["--raw", "--system", "x"], &["cannot be used with"]),
+        (&["quantize", &base, "-o", "x", "--weights", "3"], &[], &["[possible values: 16, 8, 4]"]),
+        (&["quantize", &base, "-o", "x", "--method", "awq"], &[], &["resq, quarot, rtn"]),
+        (&["quantize", &base, "-o", "x", "--tokens", "5"], &[], &["required", "--text <FILE>"]),
         (&["completions", "tcl"], &[], &["invalid value 'tcl'", "bash"]),
     ];
     for (args, more, expected) in cases {
@@ -254,6 +261,27 @@ fn wrong_use_exits_with_two() {
         assert_eq!(run.stdout, "", "{args:?} {more:?}");
     }
     assert_eq!(place.names(), [""; 0]);
+}
+
+#[test]
+fn a_fine_tune_is_served_on_a_quantized_base() {
+    let place = Place::new();
+    let (base, math) = (arg("base"), arg("math"));
+    let (quantized, delta) = (place.text("quantized"), place.text("delta"));
+    let run = onebase(["quantize", &base, "-o", &quantized, "--method", "quarot"]).exits(0);
+    assert!(run.stdout.contains("4 / 8 / 4") && run.stdout.contains("quarot"), "{}", run.stdout);
+    let shown = onebase(["inspect", &quantized]).exits(0).stdout;
+    assert!(shown.contains("effective bits per linear weight"), "{shown}");
+    let compress = ["compress", &quantized, &math, "-o", &delta, "--codec", "rtn"];
+    onebase(compress).exits(0);
+    onebase(["verify", &quantized, &delta]).exits(0);
+    let named = format!("math={delta}");
+    let prompt = "What is 12 + 30?";
+    let ask = ["generate", &quantized, "--delta", &named, "-p", prompt];
+    let run = onebase(ask).exits(0);
+    // A sum, as the fine-tune writes it and the base does not.
+    assert!(run.stdout.contains(" = "), "{}", run.stdout);
+    assert_eq!(place.names(), ["delta", "quantized"]);
 }
 
 #[test]
@@ -271,7 +299,16 @@ fn refusals_exit_with_one_and_a_hint() {
     std::fs::write(&manifest, text.replace("\"version\": 1,\n", "\"version\": 9,\n")).unwrap();
     let (m, twice) = (format!("m={a}"), format!("m={newer}"));
     let long = "word ".repeat(2000);
-    let cases: [(&[&str], &[&str]); 23] = [
+    let cases: [(&[&str], &[&str]); 26] = [
+        (&["quantize", &base, "-o", &out], &["--method resq needs a text", "quarot needs none"]),
+        (
+            &["quantize", &base, "-o", &out, "--random", "99"],
+            &["a text of 99 tokens, expected at least 256"],
+        ),
+        (
+            &["compress", &base, &math, "-o", &out, "--full-base", &base],
+            &["base is not a quantized base", "hint: `onebase quantize` makes one"],
+        ),
         (&["compress", &empty, &math, "-o", &out], &["empty is no checkpoint", "config.json"]),
         (&["compress", "absent", &math, "-o", &out], &["absent is no checkpoint", "hint: give"]),
         (&["compress", &base, &base, "-o", &out], &["same weights as the base", "hint: give the"]),
