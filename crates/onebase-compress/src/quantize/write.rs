@@ -194,8 +194,8 @@ fn rotations(
 fn compare(model: &Model, rotated: &Path, text: Option<&QuantizeText>, seed: u64) -> Result<f64> {
     let n = CHECK_TOKENS.min(model.config().context_tokens);
     let tokens = match text {
-        Some(text) => text.tokens[..n.min(text.tokens.len())].to_vec(),
-        None => random_tokens(model, n, seed),
+        Some(text) if !text.tokens.is_empty() => text.tokens[..n.min(text.tokens.len())].to_vec(),
+        _ => random_tokens(model, n, seed),
     };
     let logits = |model: &Model| -> Result<Vec<f32>> {
         let mut cache = KvCache::new(model.config());
