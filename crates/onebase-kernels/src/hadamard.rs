@@ -29,7 +29,7 @@ pub struct Hadamard {
 
 impl Hadamard {
     /// The transform of `n` inputs with the smallest `K` for which a Hadamard matrix is
-    /// constructed, the same for ever; `None` where that needs more than [`MAX_ORDER`].
+    /// constructed, the same for ever; `None` where that needs one above 1024.
     pub fn new(n: usize) -> Option<Self> {
         if n == 0 {
             return None;
