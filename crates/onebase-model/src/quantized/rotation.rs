@@ -28,8 +28,8 @@ pub(crate) struct Rotation {
     hidden: Weight,
     /// Its transpose.
     hidden_transposed: Vec<f32>,
-    /// By layer, the transpose of the keys' rotation, `[head_dim, head_dim]`, with half a step
-    /// where it is rounded.
+    /// By layer, the transpose of the keys' rotation, `[head_dim, head_dim]`; in 8 bits where the
+    /// quantization says so.
     keys_transposed: Vec<Vec<f32>>,
     /// On the inputs of down projections.
     pub(crate) hadamard: Hadamard,
