@@ -5,7 +5,7 @@
 #![allow(clippy::unwrap_used, clippy::cast_precision_loss, clippy::cast_possible_truncation)]
 #![allow(missing_docs)]
 
-#[path = "../tests/families/mod.rs"]
+#[path = "../tests/it/families/mod.rs"]
 mod families;
 
 use families::{CASES, Measured, decibels, written};

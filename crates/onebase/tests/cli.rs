@@ -631,16 +631,15 @@ fn statistics_are_measured_and_refused() {
     }
     let of_chat = place.text("chat");
     onebase(["calibrate", &arg("chat"), "--random", "20", "--out", &of_chat]).exits(0);
-    for codec in can {
-        compress(&codec, &of_chat, &out).exits(1).says(&["of the model chat", "hint: "]);
-        let out = place.text(&codec);
-        compress(&codec, &of_base, &out).exits(0);
-        let shown = onebase(["inspect", &out, "--json"]).exits(0).object();
-        assert_eq!(shown["calibration"]["source"]["name"], json!("t.txt"));
-        assert_eq!(shown["calibration"]["n_tokens"], json!(40));
-        let text = onebase(["inspect", &out]).exits(0).stdout;
-        assert!(text.contains("t.txt (40 tokens, inputs of base)"), "{text}");
+    for codec in &can {
+        compress(codec, &of_chat, &out).exits(1).says(&["of the model chat", "hint: "]);
     }
+    compress(&can[0], &of_base, &out).exits(0);
+    let shown = onebase(["inspect", &out, "--json"]).exits(0).object();
+    assert_eq!(shown["calibration"]["source"]["name"], json!("t.txt"));
+    assert_eq!(shown["calibration"]["n_tokens"], json!(40));
+    let text = onebase(["inspect", &out]).exits(0).stdout;
+    assert!(text.contains("t.txt (40 tokens, inputs of base)"), "{text}");
 }
 
 #[test]
