@@ -34,17 +34,18 @@ struct Part {
 
 /// The parts of a tensor of which the first `based` elements have a base.
 ///
-/// `None` when it has not as many.
-fn parts(tensor: &FileTensor, element: Element, based: u64) -> Option<Vec<Part>> {
-    let split = based.checked_mul(element.size_bytes() as u64).filter(|at| *at <= tensor.bytes)?;
-    let mut parts = Vec::new();
-    let mut at = 0;
-    while at < tensor.bytes {
-        let has_base = at < split;
-        let end = if has_base { split } else { tensor.bytes };
-        let bytes = PART_BYTES.min(end - at);
-        parts.push(Part { at, bytes, has_base });
-        at += bytes;
-    }
-    Some(parts)
+/// `None` when it has not as many. They are made one by one: a header can name a tensor of any
+/// length.
+fn parts(
+    tensor: &FileTensor,
+    element: Element,
+    based: u64,
+) -> Option<impl Iterator<Item = Part> + Clone> {
+    let whole = tensor.bytes;
+    let split = based.checked_mul(element.size_bytes() as u64).filter(|at| *at <= whole)?;
+    let runs = [(0, split, true), (split, whole, false)];
+    Some(runs.into_iter().flat_map(|(from, end, has_base)| {
+        let part = move |at| Part { at, bytes: PART_BYTES.min(end - at), has_base };
+        (from..end).step_by(PART_BYTES as usize).map(part)
+    }))
 }

@@ -260,13 +260,15 @@ impl Input<'_> {
                 return Err(self.manifest_error("the base has fewer elements, or of other types"));
             }
         }
+        let n_parts = stored.parts.len();
         let parts = parts(tensor, element, based)
-            .filter(|parts| parts.len() == stored.parts.len() && tensor.bytes.is_multiple_of(size));
+            .filter(|parts| parts.clone().take(n_parts + 1).count() == n_parts)
+            .filter(|_| tensor.bytes.is_multiple_of(size));
         let Some(parts) = parts else {
             return Err(self.manifest_error("a tensor has other parts than its length asks for"));
         };
         let (mut coded, mut under, mut tune) = (Vec::new(), Vec::new(), Vec::new());
-        for (part, bytes) in parts.into_iter().zip(&stored.parts) {
+        for (part, bytes) in parts.zip(&stored.parts) {
             // Plain blocks with what is said of them are not much longer.
             if *bytes > 2 * PART_BYTES {
                 return Err(self.manifest_error("a part is longer than what it decodes to"));

@@ -244,7 +244,7 @@ fn store_tensor(
     let elements = based.map_or(0, |base| count(base.header()).min(count(tensor)));
     let (mut tune, mut under) = (Vec::new(), Vec::new());
     let mut lengths = Vec::new();
-    for part in parts(tensor, element, elements).unwrap_or_default() {
+    for part in parts(tensor, element, elements).into_iter().flatten() {
         resize(&mut tune, part.bytes);
         file.read(tensor.at + part.at, &mut tune)?;
         let base = match based.filter(|_| part.has_base) {

@@ -226,6 +226,39 @@ fn damage_is_found_wherever_it_is() {
     verify_archive(&base, &Archive::open(&stored).unwrap(), &Silent).unwrap();
 }
 
+#[test]
+fn a_header_of_a_tensor_without_end_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let [base, stored] = ["base", "archive"].map(|name| dir.path().join(name));
+    std::fs::create_dir(&base).unwrap();
+    std::fs::create_dir(&stored).unwrap();
+    let base = BaseFolder::open(&base).unwrap();
+    let n = 1u64 << 60;
+    let header = json!({ "w": { "dtype": "U8", "shape": [n], "data_offsets": [0, n] } });
+    let header = header.to_string();
+    let len = (header.len() as u64).to_le_bytes();
+    let header = [&len, header.as_bytes()].concat();
+    let packed = zstd::bulk::compress(&header, 1).unwrap();
+    let digest = "0".repeat(64);
+    let record = |path: &str, bytes: u64| {
+        json!({
+            "path": path, "bytes": bytes, "sha256": digest, "stored": "tensors",
+            "file": "file-00001.bin", "stored_bytes": packed.len(), "blake3": digest,
+            "header_bytes": packed.len(), "tensors": [{ "name": "w", "parts": [] }],
+        })
+    };
+    let files = [record("a", n + header.len() as u64), record("b", u64::MAX)];
+    let manifest = json!({
+        "format": "onebase-archive", "version": 1, "tool": "", "base": "", "fine_tune": "",
+        "files": files,
+    });
+    std::fs::write(stored.join(ARCHIVE_FILE), manifest.to_string()).unwrap();
+    std::fs::write(stored.join("file-00001.bin"), &packed).unwrap();
+    let archive = Archive::open(&stored).unwrap();
+    let problem = verify_archive(&base, &archive, &Silent).unwrap_err().to_string();
+    assert!(problem.contains("other parts than its length asks for"), "{problem}");
+}
+
 /// The places of a JSON value that hold no others.
 fn leaves(value: &Value, at: &str, found: &mut Vec<String>) {
     match value {

@@ -207,7 +207,8 @@ impl Archive {
         let path = self.dir.join(ARCHIVE_FILE);
         let manifest = std::fs::metadata(&path).map_err(Error::io("read", &path))?.len();
         let data = self.manifest.files.iter().filter_map(|record| record.storage.data());
-        Ok(manifest + data.map(|(_, bytes, _)| bytes).sum::<u64>())
+        // A file may be named again and again.
+        Ok(data.fold(manifest, |sum, (_, bytes, _)| sum.saturating_add(bytes)))
     }
 
     /// Compares the digest of every file of the archive.

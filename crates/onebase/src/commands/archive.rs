@@ -102,5 +102,5 @@ pub(crate) fn inspect(dir: &Path, output: &Output) -> anyhow::Result<()> {
 /// Files of the fine-tune, and their bytes.
 fn size(archive: &Archive) -> (usize, u64) {
     let files = &archive.manifest().files;
-    (files.len(), files.iter().map(|record| record.bytes).sum())
+    (files.len(), files.iter().fold(0, |sum: u64, record| sum.saturating_add(record.bytes)))
 }
