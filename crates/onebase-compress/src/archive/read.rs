@@ -36,7 +36,7 @@ pub fn restore_archive(
             std::fs::create_dir_all(parent).map_err(|source| io("create", parent, source))?;
         }
         let file = File::create_new(&path).map_err(|source| io("create", &path, source))?;
-        Ok(Output { path, file: Some(file), hasher: sha2::Sha256::new(), bytes: 0 })
+        Ok(Output::new(path, Some(file)))
     })?;
     Ok(folder.commit()?)
 }
@@ -46,10 +46,7 @@ pub fn restore_archive(
 /// # Errors
 /// As [`restore_archive`].
 pub fn verify_archive(base: &BaseFolder, archive: &Archive, progress: &dyn Progress) -> Result<()> {
-    read(base, archive, progress, |path| {
-        let path = archive.dir().join(path);
-        Ok(Output { path, file: None, hasher: sha2::Sha256::new(), bytes: 0 })
-    })
+    read(base, archive, progress, |path| Ok(Output::new(archive.dir().join(path), None)))
 }
 
 /// A file that comes out, written or not.
@@ -58,10 +55,37 @@ struct Output {
     file: Option<File>,
     hasher: sha2::Sha256,
     bytes: u64,
+    /// The last bytes, which are neither hashed nor written yet.
+    waiting: Vec<u8>,
 }
 
 impl Output {
+    fn new(path: PathBuf, file: Option<File>) -> Self {
+        Self { path, file, hasher: sha2::Sha256::new(), bytes: 0, waiting: Vec::new() }
+    }
+
     fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.write_waiting()?;
+        self.append(bytes)
+    }
+
+    /// Takes bytes that are to be hashed and written beside what comes next, and gives the
+    /// memory of earlier ones for them.
+    fn write_later(&mut self, bytes: &mut Vec<u8>) -> Result<()> {
+        self.write_waiting()?;
+        std::mem::swap(&mut self.waiting, bytes);
+        Ok(())
+    }
+
+    fn write_waiting(&mut self) -> Result<()> {
+        let mut waiting = std::mem::take(&mut self.waiting);
+        let written = self.append(&waiting);
+        waiting.clear();
+        self.waiting = waiting;
+        written
+    }
+
+    fn append(&mut self, bytes: &[u8]) -> Result<()> {
         self.hasher.update(bytes);
         self.bytes += bytes.len() as u64;
         if let Some(file) = &mut self.file {
@@ -71,7 +95,8 @@ impl Output {
     }
 
     /// Compares what was written with what should have been.
-    fn finish(self, record: &FileRecord) -> Result<()> {
+    fn finish(mut self, record: &FileRecord) -> Result<()> {
+        self.write_waiting()?;
         if let Some(file) = &self.file {
             file.sync_all().map_err(|source| io("write", &self.path, source))?;
         }
@@ -273,26 +298,31 @@ impl Input<'_> {
             if *bytes > 2 * PART_BYTES {
                 return Err(self.manifest_error("a part is longer than what it decodes to"));
             }
-            resize(&mut coded, *bytes);
-            self.file.read(*at, &mut coded)?;
-            *at += bytes;
-            resize(&mut tune, part.bytes);
-            let base = match base.zip(of_base).filter(|_| part.has_base) {
-                Some((base, of_base)) => {
-                    let base_size = of_base.size_bytes() as u64;
-                    resize(&mut under, part.bytes / size * base_size);
-                    base.read(part.at / size * base_size, &mut under)?;
-                    Some(Base { element: of_base, bytes: &under })
-                }
-                None => None,
+            let read_and_decode = || {
+                resize(&mut coded, *bytes);
+                self.file.read(*at, &mut coded)?;
+                resize(&mut tune, part.bytes);
+                let base = match base.zip(of_base).filter(|_| part.has_base) {
+                    Some((base, of_base)) => {
+                        let base_size = of_base.size_bytes() as u64;
+                        resize(&mut under, part.bytes / size * base_size);
+                        base.read(part.at / size * base_size, &mut under)?;
+                        Some(Base { element: of_base, bytes: &under })
+                    }
+                    None => None,
+                };
+                decode(element, &coded, base, &mut tune).map_err(|source| Error::Lossless {
+                    path: self.file.path().to_owned(),
+                    tensor: tensor.name.clone(),
+                    at: part.at,
+                    source,
+                })
             };
-            decode(element, &coded, base, &mut tune).map_err(|source| Error::Lossless {
-                path: self.file.path().to_owned(),
-                tensor: tensor.name.clone(),
-                at: part.at,
-                source,
-            })?;
-            out.write(&tune)?;
+            // SHA-256 is a chain that threads cannot share: it is done beside what comes next.
+            let (decoded, written) = rayon::join(read_and_decode, || out.write_waiting());
+            written.and(decoded)?;
+            out.write_later(&mut tune)?;
+            *at += bytes;
             progress.advance(part.bytes);
         }
         Ok(())
