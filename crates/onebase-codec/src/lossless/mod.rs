@@ -399,12 +399,9 @@ impl<'a> Head<'a> {
         let (sum, blocks) = rest.split_first_chunk()?;
         let head = &bytes[..bytes.len() - rest.len()];
         let entries = entries.as_chunks().0;
-        (u64::from_le_bytes(*sum) == XxHash3_64::oneshot(head)).then_some(Self {
-            mode,
-            model,
-            entries,
-            blocks,
-        })
+        // A fuzzer would meet nothing else: it cannot make a sum right.
+        let whole = cfg!(fuzzing) || u64::from_le_bytes(*sum) == XxHash3_64::oneshot(head);
+        whole.then_some(Self { mode, model, entries, blocks })
     }
 }
 
