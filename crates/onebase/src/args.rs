@@ -387,6 +387,9 @@ pub(crate) struct VerifyArgs {
     pub(crate) base: PathBuf,
     /// Folder of the artifact or the family
     pub(crate) artifact: PathBuf,
+    /// BASE is what this archive makes of it; several are restored in turn, as long as it takes
+    #[arg(long, value_name = "ARCHIVE")]
+    pub(crate) through: Vec<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -401,6 +404,9 @@ pub(crate) struct RestoreArgs {
     /// Write every file as it was, from what `onebase archive` has made
     #[arg(long)]
     pub(crate) exact: bool,
+    /// BASE is what this archive makes of it; several are restored in turn, as long as it takes
+    #[arg(long, value_name = "ARCHIVE", requires = "exact")]
+    pub(crate) through: Vec<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -412,6 +418,9 @@ pub(crate) struct ArchiveArgs {
     /// Folder of the archive to write
     #[arg(short, long)]
     pub(crate) out: PathBuf,
+    /// BASE is what this archive makes of it; several are restored in turn, as long as it takes
+    #[arg(long, value_name = "ARCHIVE")]
+    pub(crate) through: Vec<PathBuf>,
 }
 
 /// What is measured with.

@@ -41,6 +41,35 @@ fn an_archive_gives_every_file_back() {
 }
 
 #[test]
+fn a_chain_is_archived_and_restored_at_once() {
+    let place = Place::new();
+    let (base, one, two) = (arg("base"), place.text("1"), place.text("2"));
+    onebase(["archive", &base, &arg("math"), "-o", &one]).exits(0);
+    // The fine-tune itself need not be there any more.
+    let through = ["--through", &one, "-o", &two, "--json"];
+    onebase(["archive", &base, &arg("chat")].iter().chain(&through)).exits(0);
+    let shown = onebase(["inspect", &two, "--json"]).exits(0).object();
+    assert_eq!(
+        (&shown["manifest"]["base"], &shown["manifest"]["fine_tune"]),
+        (&"math".into(), &"chat".into())
+    );
+    onebase(["verify", &base, &two, "--through", &one]).exits(0);
+    onebase(["verify", &base, &two]).exits(1).says(&["made against another base", "hint:"]);
+    let back = place.text("r");
+    onebase(["restore", &base, &two, "--exact", "--through", &one, "-o", &back]).exits(0);
+    assert!(contents(&place.path("r")) == contents(&demo("chat")));
+    let names = std::fs::read_dir(place.path(".")).unwrap().map(|entry| entry.unwrap().file_name());
+    let mut names: Vec<_> = names.collect();
+    names.sort();
+    assert_eq!(names, ["1", "2", "r"]);
+    onebase(["restore", &base, &two, "--through", &one, "-o", &place.text("x")]).exits(2);
+    let artifact = place.text("a");
+    onebase(["compress", &base, &arg("math"), "--codec", "sign", "-o", &artifact]).exits(0);
+    let run = onebase(["verify", &base, &artifact, "--through", &one]).exits(1);
+    run.says(&["leads to an archive"]);
+}
+
+#[test]
 fn an_artifact_may_keep_its_original() {
     let place = Place::new();
     let (base, math, out) = (arg("base"), arg("math"), place.text("a"));

@@ -5,14 +5,16 @@ use onebase_format::archive::{Archive, BaseFolder, Compression, FileStorage};
 use serde_json::json;
 
 use crate::args::{ArchiveArgs, RestoreArgs, VerifyArgs};
+use crate::commands::chain::Chain;
 use crate::output::{Bar, Output, bytes, percent, table};
 
 /// Where an artifact keeps the archive of its original.
 pub(crate) const ORIGINAL_FOLDER: &str = "original";
 
 pub(crate) fn run(args: &ArchiveArgs, output: &Output) -> anyhow::Result<()> {
+    let base = Chain::restore(&args.base, &args.through, &args.out)?;
     let bar = Bar::new("archiving");
-    let report = archive(&args.base, &args.fine_tune, &args.out, &bar)?;
+    let report = archive(base.dir(), &args.fine_tune, &args.out, &bar)?;
     bar.finish();
     let share = report.archive_bytes as f64 / report.bytes.max(1) as f64;
     let object = json!({ "archive": args.out, "share": share, "report": report });
@@ -34,7 +36,8 @@ pub(crate) fn restore(args: &RestoreArgs, output: &Output) -> anyhow::Result<()>
     let kept = args.artifact.join(ORIGINAL_FOLDER);
     let is_kept = !Archive::is_at(&args.artifact) && Archive::is_at(&kept);
     let archive = Archive::open(if is_kept { &kept } else { &args.artifact })?;
-    let base = BaseFolder::open(&args.base)?;
+    let chain = Chain::restore(&args.base, &args.through, &args.out)?;
+    let base = BaseFolder::open(chain.dir())?;
     let bar = Bar::new("restoring");
     restore_archive(&base, &archive, &args.out, &bar)?;
     bar.finish();
@@ -49,7 +52,8 @@ pub(crate) fn restore(args: &RestoreArgs, output: &Output) -> anyhow::Result<()>
 /// `verify` of an archive.
 pub(crate) fn verify(args: &VerifyArgs, output: &Output) -> anyhow::Result<()> {
     let archive = Archive::open(&args.artifact)?;
-    let base = BaseFolder::open(&args.base)?;
+    let chain = Chain::restore(&args.base, &args.through, &args.artifact)?;
+    let base = BaseFolder::open(chain.dir())?;
     let bar = Bar::new("verifying");
     verify_archive(&base, &archive, &bar)?;
     bar.finish();

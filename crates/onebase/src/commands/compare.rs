@@ -14,6 +14,7 @@ use serde_json::Value;
 
 use crate::args::{Args, CompareArgs};
 use crate::commands::eval::skill;
+use crate::commands::scratch_beside;
 use crate::output::{Output, Stages, bytes, can_be_written, number, table};
 
 pub(crate) fn run(args: &CompareArgs, output: &Output) -> anyhow::Result<()> {
@@ -42,14 +43,7 @@ pub(crate) fn run(args: &CompareArgs, output: &Output) -> anyhow::Result<()> {
     }
     // Hours later would be late to learn that the report cannot be written.
     check_writable(&args.out, &data_path)?;
-    let around = match args.out.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let scratch = tempfile::Builder::new()
-        .prefix(".onebase-compare-")
-        .tempdir_in(around)
-        .with_context(|| format!("cannot make a temporary folder in {}", around.display()))?;
+    let scratch = scratch_beside(&args.out, "compare")?;
     let folder = match &args.keep {
         Some(folder) => {
             std::fs::create_dir_all(folder)

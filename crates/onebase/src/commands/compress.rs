@@ -21,8 +21,8 @@ use serde_json::{Map, Value, json};
 use crate::args::{CompressArgs, GivenCodec};
 use crate::commands::archive::ORIGINAL_FOLDER;
 use crate::commands::calibrate::warn_of_few_tokens;
-use crate::commands::family;
 use crate::commands::inspect::summary_rows;
+use crate::commands::{family, scratch_beside};
 use crate::output::{Bar, Output, Stages, bytes, number, table};
 
 /// The most resident memory that this process held so far; Linux alone tells.
@@ -56,14 +56,7 @@ fn distilled(
     let mut tokens =
         TextModel::from_checkpoint(pair.fine_tune())?.tokenizer.encode(&text.text, true)?;
     tokens.truncate(args.distill_tokens);
-    let around = match args.out.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let scratch = tempfile::Builder::new()
-        .prefix(".onebase-distill-")
-        .tempdir_in(around)
-        .with_context(|| format!("cannot make a temporary folder in {}", around.display()))?;
+    let scratch = scratch_beside(&args.out, "distill")?;
     let plain = scratch.path().join("plain");
     let bar = Bar::new("compressing");
     compress(pair, plan, &plain, &bar)?;

@@ -1,3 +1,4 @@
+use anyhow::bail;
 use onebase_compress::verify;
 use onebase_format::Checkpoint;
 use onebase_format::archive::Archive;
@@ -12,6 +13,10 @@ use crate::output::{Bar, Output};
 pub(crate) fn run(args: &VerifyArgs, output: &Output) -> anyhow::Result<()> {
     if Archive::is_at(&args.artifact) {
         return archive::verify(args, output);
+    }
+    if let [archive, ..] = args.through.as_slice() {
+        let (through, what) = (archive.display(), args.artifact.display());
+        bail!("--through {through} leads to an archive, and {what} is none");
     }
     let base = Checkpoint::open(&args.base)?;
     if Family::is_at(&args.artifact) {
