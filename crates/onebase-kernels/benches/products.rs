@@ -10,7 +10,9 @@ use std::ops::Range;
 use std::time::Instant;
 
 use half::{bf16, f16};
-use onebase_kernels::{Affine, Backend, LowBit, Mixed, Parts, Sign, mixed_sums, plane_bytes};
+use onebase_kernels::{
+    Affine, Backend, Interleaved, LowBit, Mixed, Parts, Sign, mixed_sums, plane_bytes,
+};
 use onebase_tensor::{MatrixMut, MatrixRef, WeightRef};
 use rayon::prelude::*;
 
@@ -173,9 +175,9 @@ impl Coded {
 
 fn products(backend: Backend, rows: usize, cols: usize, batch: usize, bandwidth: f64) {
     // Several copies, so that the weights come from memory and not from a cache.
-    let copies = ((1 << 27) / (rows * cols * 2)).clamp(1, 64);
+    let copies_of = |bytes: usize| ((1 << 29) / bytes).clamp(1, 128);
     let dense = vec![bf16::from_f32(0.01); rows * cols];
-    let dense: Vec<Vec<bf16>> = vec![dense; copies];
+    let dense: Vec<Vec<bf16>> = vec![dense; copies_of(rows * cols * 2)];
     let bits = vec![0x5au8; rows * plane_bytes(cols)];
     let scale = vec![0.01f32; rows];
     let codes = vec![0x5au8; rows * 4 * plane_bytes(cols)];
@@ -191,7 +193,7 @@ fn products(backend: Backend, rows: usize, cols: usize, batch: usize, bandwidth:
         let seconds = best(5, || {
             for _ in 0..n {
                 let mut y = MatrixMut::new(&mut y, batch, rows).expect("shape");
-                run(next % copies, &mut y);
+                run(next, &mut y);
                 next += 1;
             }
         }) / n as f64;
@@ -203,7 +205,9 @@ fn products(backend: Backend, rows: usize, cols: usize, batch: usize, bandwidth:
             bytes as f64 / seconds / bandwidth,
         );
     };
-    report("bf16", rows * cols * 2, &|i, y| backend.add_dense(WeightRef::BF16(&dense[i]), x, y));
+    report("bf16", rows * cols * 2, &|i, y| {
+        backend.add_dense(WeightRef::BF16(&dense[i % dense.len()]), x, y);
+    });
     report("sign", bits.len(), &|_, y| {
         backend.add_sign(Sign { bits: &bits, scale: &scale, in_features: cols }, x, y);
     });
@@ -216,6 +220,17 @@ fn products(backend: Backend, rows: usize, cols: usize, batch: usize, bandwidth:
             in_features: cols,
         };
         backend.add_low_bit(delta, x, y);
+    });
+    let delta = LowBit {
+        codes: &codes[..codes.len() / 2],
+        scale: &group_scale,
+        bits: 2,
+        group_size: 128,
+        in_features: cols,
+    };
+    let two_bits = vec![Interleaved::new(delta, rows); copies_of(delta.codes.len())];
+    report("2 bit", delta.codes.len(), &|i, y| {
+        backend.add_interleaved(&two_bits[i % two_bits.len()], x, y);
     });
     report("4 affine", codes.len(), &|_, y| {
         let delta = Affine {

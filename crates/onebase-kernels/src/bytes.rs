@@ -6,6 +6,9 @@
 /// Bytes of a vector, and of a line of the cache.
 pub(crate) const LINE: usize = 64;
 
+/// Groups of four bytes of a vector.
+pub(crate) const ROWS: usize = LINE / 4;
+
 /// A vector's bytes where a line of the cache begins.
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(64))]
@@ -36,6 +39,9 @@ pub(crate) trait Bytes: Copy {
     /// Sums of products of bytes, in lanes of 32 bits that wrap around.
     type Sums: Copy;
 
+    /// Sixteen sums, one for each four bytes.
+    type Rows: Copy;
+
     /// Whether a tile may hold thirty vectors; otherwise it may hold ten.
     const MANY_REGISTERS: bool;
 
@@ -62,6 +68,18 @@ pub(crate) trait Bytes: Copy {
     unsafe fn dot(self, signed: Self, plus: Self::Sums) -> Self::Sums;
     /// The sum of all lanes, for four at a time.
     unsafe fn add_up(four: [Self::Sums; 4]) -> [i32; 4];
+    /// The same four bytes sixteen times; only they need be there.
+    unsafe fn repeat(from: *const u8) -> Self;
+    /// Moves bits down by `N`; of each byte the `N` high bits are anything.
+    unsafe fn shift<const N: u32>(self) -> Self;
+    /// The `N` low bits of each byte.
+    unsafe fn low_bits<const N: u32>(self) -> Self;
+    /// The bits of `other`, `N` up in each byte, where they fit, besides those of `self`.
+    unsafe fn or_up<const N: u32>(self, other: Self) -> Self;
+    unsafe fn no_rows() -> Self::Rows;
+    /// Adds the products of unsigned bytes, `SMALL` ones below 128, with signed ones.
+    unsafe fn dot_rows<const SMALL: bool>(self, signed: Self, plus: Self::Rows) -> Self::Rows;
+    unsafe fn rows(sums: Self::Rows) -> [i32; ROWS];
 }
 
 /// A computation written over any vectors of bytes.
@@ -79,6 +97,7 @@ pub(crate) struct PortableBytes([u8; LINE]);
 
 impl Bytes for PortableBytes {
     type Sums = [i32; 4];
+    type Rows = [i32; ROWS];
 
     const MANY_REGISTERS: bool = false;
 
@@ -128,5 +147,49 @@ impl Bytes for PortableBytes {
     #[inline(always)]
     unsafe fn add_up(four: [Self::Sums; 4]) -> [i32; 4] {
         four.map(|sums| sums.iter().fold(0i32, |all, sum| all.wrapping_add(*sum)))
+    }
+
+    #[inline(always)]
+    unsafe fn repeat(from: *const u8) -> Self {
+        // SAFETY: readable by the trait's contract.
+        let four = unsafe { from.cast::<[u8; 4]>().read_unaligned() };
+        Self(std::array::from_fn(|i| four[i % 4]))
+    }
+
+    #[inline(always)]
+    unsafe fn shift<const N: u32>(self) -> Self {
+        Self(self.0.map(|byte| byte >> N))
+    }
+
+    #[inline(always)]
+    unsafe fn low_bits<const N: u32>(self) -> Self {
+        Self(self.0.map(|byte| byte & (u8::MAX >> (u8::BITS - N))))
+    }
+
+    #[inline(always)]
+    unsafe fn or_up<const N: u32>(self, other: Self) -> Self {
+        Self(std::array::from_fn(|i| self.0[i] | other.0[i] << N))
+    }
+
+    #[inline(always)]
+    unsafe fn no_rows() -> Self::Rows {
+        [0; ROWS]
+    }
+
+    #[inline(always)]
+    unsafe fn dot_rows<const SMALL: bool>(self, signed: Self, mut plus: Self::Rows) -> Self::Rows {
+        let pairs = self.0.as_chunks::<4>().0.iter().zip(signed.0.as_chunks::<4>().0);
+        for (sum, (codes, weights)) in plus.iter_mut().zip(pairs) {
+            for (code, weight) in codes.iter().zip(weights) {
+                let product = i32::from(*code) * i32::from(weight.cast_signed());
+                *sum = sum.wrapping_add(product);
+            }
+        }
+        plus
+    }
+
+    #[inline(always)]
+    unsafe fn rows(sums: Self::Rows) -> [i32; ROWS] {
+        sums
     }
 }

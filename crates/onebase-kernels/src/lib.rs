@@ -6,7 +6,7 @@
 //! **Batch invariance.** A product's element `y[row, out]` is always summed in
 //! the same order: lane `k mod 16` takes the terms of its `k` in ascending order
 //! and the lanes are added in one fixed tree; where lanes are rows (`gathered`), terms
-//! are added by 32 in one. Neither the number of rows in the
+//! are added by 32 in one, and sums of integers (`integer`, `interleaved`) are exact. Neither the number of rows in the
 //! batch, nor the threads, nor the position in a tile changes a bit of it, so a
 //! row's result in a mixed batch equals its result alone. AVX2 and AVX-512 agree
 //! to the last bit; the portable code multiplies and adds in two roundings.
@@ -22,6 +22,7 @@ mod fit;
 mod gathered;
 mod hadamard;
 mod integer;
+mod interleaved;
 mod lowbit;
 pub mod naive;
 mod packed;
@@ -37,6 +38,8 @@ mod tests_attention;
 mod tests_hadamard;
 #[cfg(test)]
 mod tests_integer;
+#[cfg(test)]
+mod tests_interleaved;
 pub mod thin;
 mod tiles;
 mod vector;
@@ -50,6 +53,7 @@ pub use elementwise::{add_assign, rms_norm, silu_mul};
 pub use gathered::Gathered;
 pub use hadamard::Hadamard;
 pub use integer::{Mixed, Parts, QuantizedRows, low_bytes, mixed_sums, pack_low};
+pub use interleaved::Interleaved;
 pub use lowbit::{Affine, LowBit, MAX_BITS};
 pub use packed::{PackedAttention, PackedFormat};
 pub use sign::Sign;

@@ -5,7 +5,7 @@ use rand::RngExt;
 use crate::{Affine, Backend, Gathered, LowBit, Sign, naive, plane_bytes};
 
 /// Shapes around every tile and tail: (out_features, in_features).
-const SHAPES: [(usize, usize); 11] = [
+pub(crate) const SHAPES: [(usize, usize); 11] = [
     (1, 1),
     (1, 40),
     (7, 15),
@@ -26,7 +26,7 @@ pub(crate) fn random(label: &str, n: usize) -> Vec<f32> {
     (0..n).map(|_| rng.random_range(-1.0f32..1.0)).collect()
 }
 
-fn eps(in_features: usize) -> f64 {
+pub(crate) fn eps(in_features: usize) -> f64 {
     #[allow(clippy::cast_precision_loss)]
     let terms = in_features as f64 / 16.0 + 10.0;
     terms * f64::from(f32::EPSILON)
@@ -34,7 +34,7 @@ fn eps(in_features: usize) -> f64 {
 
 /// Checks a product against the oracle, its rows one by one against the batch,
 /// and the vector backends against each other.
-fn check(
+pub(crate) fn check(
     weight: &[f32],
     shape: (usize, usize),
     extra_eps: f64,
@@ -306,7 +306,7 @@ fn gathered_reads_wide_rows() {
     }
 }
 
-fn fit(
+pub(crate) fn fit(
     backend: Backend,
     out_features: usize,
     in_features: usize,

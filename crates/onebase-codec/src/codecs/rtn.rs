@@ -8,7 +8,7 @@
 use std::ops::Range;
 
 use half::bf16;
-use onebase_kernels::{Backend, LowBit, plane_bytes};
+use onebase_kernels::{Backend, Interleaved, LowBit, plane_bytes};
 use onebase_tensor::{DType, EncodedDelta, MatrixMut, MatrixRef, PartData, PartShapes, PartSpec};
 
 use crate::low_bit_rows::LowBitRows;
@@ -101,7 +101,14 @@ impl Codec for Rtn {
         let codes = parts.take_u8("codes", &codes_shape(&layout, n_rows))?;
         let scale = parts.take_bf16("scale", &[n_rows, layout.n_groups()])?;
         parts.finish()?;
-        Ok(Box::new(RtnDelta { n_rows, layout, codes, scale }))
+        let delta = LowBit {
+            codes: &codes,
+            scale: &scale,
+            bits: layout.bits,
+            group_size: layout.group_size,
+            in_features: layout.n_cols,
+        };
+        Ok(Box::new(RtnDelta(Interleaved::new(delta, n_rows))))
     }
 }
 
@@ -120,42 +127,24 @@ fn codes_shape(layout: &LowBitRows, n_rows: usize) -> [usize; 3] {
     [n_rows, layout.bits, plane_bytes(layout.n_cols)]
 }
 
-struct RtnDelta {
-    n_rows: usize,
-    layout: LowBitRows,
-    codes: Vec<u8>,
-    scale: Vec<bf16>,
-}
+struct RtnDelta(Interleaved);
 
 impl DeltaLinear for RtnDelta {
     fn shape(&self) -> [usize; 2] {
-        [self.n_rows, self.layout.n_cols]
+        self.0.shape()
     }
 
     fn add_to(&self, backend: Backend, x: MatrixRef<'_>, y: &mut MatrixMut<'_>) {
-        let delta = LowBit {
-            codes: &self.codes,
-            scale: &self.scale,
-            bits: self.layout.bits,
-            group_size: self.layout.group_size,
-            in_features: self.layout.n_cols,
-        };
-        backend.add_low_bit(delta, x, y);
+        backend.add_interleaved(&self.0, x, y);
     }
 
     fn write_rows(&self, rows: Range<usize>, out: &mut [f32]) {
-        let layout = &self.layout;
-        if layout.n_cols == 0 {
-            return;
-        }
-        for (row, out) in rows.zip(out.chunks_mut(layout.n_cols)) {
-            let codes = &self.codes[row * layout.row_bytes()..][..layout.row_bytes()];
-            let scale = &self.scale[row * layout.n_groups()..][..layout.n_groups()];
-            layout.write(codes, scale, out);
+        for (row, out) in rows.zip(out.chunks_mut(self.0.shape()[1].max(1))) {
+            self.0.write_row(row, out);
         }
     }
 
     fn resident_bytes(&self) -> usize {
-        self.codes.len() + self.scale.len() * size_of::<bf16>()
+        self.0.resident_bytes()
     }
 }

@@ -2,19 +2,20 @@
 //! without the dot products of VNNI.
 
 use std::arch::x86_64::{
-    __m256i, __m512i, _MM_HINT_T0, _mm_add_epi32, _mm_prefetch, _mm_storeu_si128, _mm256_add_epi16,
-    _mm256_add_epi32, _mm256_and_si256, _mm256_castsi256_si128, _mm256_extracti128_si256,
-    _mm256_hadd_epi32, _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maddubs_epi16,
-    _mm256_set1_epi8, _mm256_set1_epi16, _mm256_setzero_si256, _mm256_slli_epi16,
-    _mm256_srai_epi16, _mm256_srli_epi16, _mm256_storeu_si256, _mm512_add_epi32, _mm512_and_si512,
+    __m256i, __m512i, _MM_HINT_T0, _mm_add_epi32, _mm_cvtsi32_si128, _mm_prefetch,
+    _mm_storeu_si128, _mm256_add_epi16, _mm256_add_epi32, _mm256_and_si256, _mm256_castsi256_si128,
+    _mm256_extracti128_si256, _mm256_hadd_epi32, _mm256_loadu_si256, _mm256_madd_epi16,
+    _mm256_maddubs_epi16, _mm256_or_si256, _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32,
+    _mm256_setzero_si256, _mm256_sll_epi16, _mm256_slli_epi16, _mm256_srai_epi16, _mm256_srl_epi16,
+    _mm256_srli_epi16, _mm256_storeu_si256, _mm512_add_epi32, _mm512_and_si512,
     _mm512_castsi512_si256, _mm512_dpbusd_epi32, _mm512_extracti64x4_epi64, _mm512_loadu_si512,
-    _mm512_madd_epi16, _mm512_maddubs_epi16, _mm512_maskz_loadu_epi8, _mm512_set1_epi8,
-    _mm512_set1_epi16, _mm512_setzero_si512, _mm512_slli_epi16, _mm512_srai_epi16,
-    _mm512_srli_epi16, _mm512_storeu_si512, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64,
-    _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
+    _mm512_madd_epi16, _mm512_maddubs_epi16, _mm512_maskz_loadu_epi8, _mm512_or_si512,
+    _mm512_set1_epi8, _mm512_set1_epi16, _mm512_set1_epi32, _mm512_setzero_si512,
+    _mm512_slli_epi16, _mm512_srai_epi16, _mm512_srli_epi16, _mm512_storeu_si512,
+    _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
 };
 
-use crate::bytes::{ByteKernel, Bytes, LINE};
+use crate::bytes::{ByteKernel, Bytes, LINE, ROWS};
 
 /// Whether [`with_avx512_vnni`] may run here.
 pub(crate) fn has_avx512_vnni() -> bool {
@@ -64,6 +65,7 @@ pub(crate) struct Avx2Bytes(__m256i, __m256i);
 #[allow(clippy::undocumented_unsafe_blocks)]
 impl Bytes for Avx2Bytes {
     type Sums = __m256i;
+    type Rows = (__m256i, __m256i);
 
     const MANY_REGISTERS: bool = false;
 
@@ -130,6 +132,73 @@ impl Bytes for Avx2Bytes {
             fold128(all)
         }
     }
+
+    #[inline(always)]
+    unsafe fn repeat(from: *const u8) -> Self {
+        unsafe {
+            let four = _mm256_set1_epi32(from.cast::<i32>().read_unaligned());
+            Self(four, four)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn shift<const N: u32>(self) -> Self {
+        unsafe {
+            let count = _mm_cvtsi32_si128(const { N.cast_signed() });
+            Self(_mm256_srl_epi16(self.0, count), _mm256_srl_epi16(self.1, count))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn low_bits<const N: u32>(self) -> Self {
+        unsafe {
+            let mask = _mm256_set1_epi8(const { (1i8 << N) - 1 });
+            Self(_mm256_and_si256(self.0, mask), _mm256_and_si256(self.1, mask))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn or_up<const N: u32>(self, other: Self) -> Self {
+        unsafe {
+            let count = _mm_cvtsi32_si128(const { N.cast_signed() });
+            Self(
+                _mm256_or_si256(self.0, _mm256_sll_epi16(other.0, count)),
+                _mm256_or_si256(self.1, _mm256_sll_epi16(other.1, count)),
+            )
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn no_rows() -> Self::Rows {
+        unsafe { (_mm256_setzero_si256(), _mm256_setzero_si256()) }
+    }
+
+    #[inline(always)]
+    unsafe fn dot_rows<const SMALL: bool>(self, signed: Self, plus: Self::Rows) -> Self::Rows {
+        unsafe {
+            if !SMALL {
+                return (dot256(self.0, signed.0, plus.0), dot256(self.1, signed.1, plus.1));
+            }
+            // Two products of at most 127 · 128: sixteen bits hold them.
+            let ones = _mm256_set1_epi16(1);
+            let pairs =
+                (_mm256_maddubs_epi16(self.0, signed.0), _mm256_maddubs_epi16(self.1, signed.1));
+            (
+                _mm256_add_epi32(plus.0, _mm256_madd_epi16(pairs.0, ones)),
+                _mm256_add_epi32(plus.1, _mm256_madd_epi16(pairs.1, ones)),
+            )
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn rows(sums: Self::Rows) -> [i32; ROWS] {
+        let mut out = [0; ROWS];
+        unsafe {
+            _mm256_storeu_si256(out.as_mut_ptr().cast(), sums.0);
+            _mm256_storeu_si256(out.as_mut_ptr().add(ROWS / 2).cast(), sums.1);
+        }
+        out
+    }
 }
 
 /// Products of two saturate sixteen bits as `maddubs` adds them; even and odd bytes widened do not.
@@ -172,6 +241,7 @@ pub(crate) struct Avx512Bytes<const VNNI: bool>(__m512i);
 #[allow(clippy::undocumented_unsafe_blocks)]
 impl<const VNNI: bool> Bytes for Avx512Bytes<VNNI> {
     type Sums = __m512i;
+    type Rows = __m512i;
 
     const MANY_REGISTERS: bool = true;
 
@@ -253,5 +323,49 @@ impl<const VNNI: bool> Bytes for Avx512Bytes<VNNI> {
             let high = _mm512_extracti64x4_epi64::<1>(all);
             fold128(_mm256_add_epi32(_mm512_castsi512_si256(all), high))
         }
+    }
+
+    #[inline(always)]
+    unsafe fn repeat(from: *const u8) -> Self {
+        unsafe { Self(_mm512_set1_epi32(from.cast::<i32>().read_unaligned())) }
+    }
+
+    #[inline(always)]
+    unsafe fn shift<const N: u32>(self) -> Self {
+        unsafe { Self(_mm512_srli_epi16::<N>(self.0)) }
+    }
+
+    #[inline(always)]
+    unsafe fn low_bits<const N: u32>(self) -> Self {
+        unsafe { Self(_mm512_and_si512(self.0, _mm512_set1_epi8(const { (1i8 << N) - 1 }))) }
+    }
+
+    #[inline(always)]
+    unsafe fn or_up<const N: u32>(self, other: Self) -> Self {
+        unsafe { Self(_mm512_or_si512(self.0, _mm512_slli_epi16::<N>(other.0))) }
+    }
+
+    #[inline(always)]
+    unsafe fn no_rows() -> Self::Rows {
+        unsafe { _mm512_setzero_si512() }
+    }
+
+    #[inline(always)]
+    unsafe fn dot_rows<const SMALL: bool>(self, signed: Self, plus: Self::Rows) -> Self::Rows {
+        unsafe {
+            if VNNI || !SMALL {
+                return self.dot(signed, plus);
+            }
+            // Two products of at most 127 · 128: sixteen bits hold them.
+            let pairs = _mm512_maddubs_epi16(self.0, signed.0);
+            _mm512_add_epi32(plus, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn rows(sums: Self::Rows) -> [i32; ROWS] {
+        let mut out = [0; ROWS];
+        unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), sums) };
+        out
     }
 }
