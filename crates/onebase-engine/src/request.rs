@@ -1,4 +1,4 @@
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use onebase_model::{FinishReason, GenerationDefaults, SamplingParams};
 
@@ -189,6 +189,8 @@ pub enum Event {
     Prompt {
         /// How likely its tokens were, where that was asked for; the first has no probability.
         logprobs: Vec<Option<TokenLogprobs>>,
+        /// From its arrival to its first step.
+        queue_time: Duration,
     },
     /// A token of the answer.
     Token {

@@ -175,7 +175,8 @@ impl Sequence {
         if !self.is_prompt_told {
             self.is_prompt_told = true;
             let logprobs = std::mem::take(&mut self.of_prompt);
-            if !(self.sink)(Event::Prompt { logprobs }) {
+            let queue_time = self.started.map_or(Duration::ZERO, |started| started - self.arrived);
+            if !(self.sink)(Event::Prompt { logprobs, queue_time }) {
                 return Ok(Outcome::Unheard);
             }
             if self.max_new_tokens == 0 {

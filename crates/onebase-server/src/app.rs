@@ -10,6 +10,7 @@ use crate::auth::{Caller, Keys};
 use crate::error::ApiError;
 use crate::state_file::StateFile;
 use crate::structured::Grammars;
+use crate::traces::Traces;
 
 /// Requests that may wait for a tenant to be read from disk at once.
 const COLD_REQUESTS: usize = 256;
@@ -55,6 +56,7 @@ pub struct App {
     /// Seconds since 1970, when it was started.
     pub(crate) created: u64,
     pub(crate) grammars: Arc<Grammars>,
+    pub(crate) traces: Option<Traces>,
     cold: Arc<Semaphore>,
 }
 
@@ -71,7 +73,17 @@ impl App {
         let created = now.map_or(0, |now| now.as_secs());
         let cold = Arc::new(Semaphore::new(COLD_REQUESTS));
         let grammars = Arc::default();
-        Self { engine, keys, limits, state, deltas, created, grammars, cold }
+        Self { engine, keys, limits, state, deltas, created, grammars, traces: None, cold }
+    }
+
+    /// Sends spans of its requests.
+    pub fn set_traces(&mut self, traces: Traces) {
+        self.traces = Some(traces);
+    }
+
+    /// Where spans of its requests are sent.
+    pub fn traces(&self) -> Option<&Traces> {
+        self.traces.as_ref()
     }
 
     /// The engine.

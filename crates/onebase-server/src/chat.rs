@@ -16,6 +16,7 @@ use crate::params::{Common, check_rest};
 use crate::render::{Form, Head};
 use crate::stream::respond;
 use crate::structured::schema_of;
+use crate::traces::Trace;
 
 #[derive(Deserialize)]
 pub(crate) struct ChatBody {
@@ -122,6 +123,7 @@ impl ChatBody {
 pub(crate) async fn chat(
     State(app): State<Arc<App>>,
     caller: Caller,
+    trace: Trace,
     Body(body): Body<ChatBody>,
 ) -> Result<Response, ApiError> {
     check_rest(&body.rest)?;
@@ -129,6 +131,7 @@ pub(crate) async fn chat(
     let (n, logprobs, asked) = (body.common.n()?, body.top_logprobs()?, body.max_tokens()?);
     let (is_stream, wants_usage) = (body.common.is_stream()?, body.common.wants_usage());
     let (lease, load_time) = app.lease(&caller, &body.common.model).await?;
+    trace.leased(&lease, load_time);
     if body.messages.is_empty() {
         return Err(ApiError::parameter("messages", "messages: expected at least one"));
     }
@@ -148,7 +151,7 @@ pub(crate) async fn chat(
             Ok(request)
         })
         .collect::<Result<Vec<Request>, ApiError>>()?;
-    let flow = Flow::start(&app, &lease, requests, caller)?;
+    let flow = Flow::start(&app, &lease, requests, caller, trace)?;
     let head = Head::new(&app, Form::Chat, lease, logprobs.is_some(), vec![None; n], n);
     let head = Head { load_time, ..head };
     respond(head, flow, n, is_stream, wants_usage).await

@@ -15,6 +15,7 @@ use crate::params::{Common, MAX_CHOICES, check_rest};
 use crate::render::{Echo, Form, Head};
 use crate::stream::respond;
 use crate::structured::schema_of;
+use crate::traces::Trace;
 
 /// Tokens that an answer has where no number is asked for, as OpenAI has it.
 const DEFAULT_TOKENS: usize = 16;
@@ -64,6 +65,7 @@ impl Prompt {
 pub(crate) async fn completions(
     State(app): State<Arc<App>>,
     caller: Caller,
+    trace: Trace,
     Body(body): Body<CompletionBody>,
 ) -> Result<Response, ApiError> {
     check_rest(&body.rest)?;
@@ -75,6 +77,7 @@ pub(crate) async fn completions(
     }
     let (is_stream, wants_usage) = (body.common.is_stream()?, body.common.wants_usage());
     let (lease, load_time) = app.lease(&caller, &body.common.model).await?;
+    trace.leased(&lease, load_time);
     let (speaker, prompt) = (lease.clone(), body.prompt);
     let prompts = app.blocking(move || prompt.echoes(&speaker)).await?;
     let n_choices = prompts.len().saturating_mul(n);
@@ -97,7 +100,7 @@ pub(crate) async fn completions(
             echoes.push(is_echo.then(|| prompt.clone()));
         }
     }
-    let flow = Flow::start(&app, &lease, requests, caller)?;
+    let flow = Flow::start(&app, &lease, requests, caller, trace)?;
     let head = Head::new(&app, Form::Completion, lease, body.logprobs.is_some(), echoes, n);
     let head = Head { load_time, ..head };
     respond(head, flow, n_choices, is_stream, wants_usage).await

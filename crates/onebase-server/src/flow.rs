@@ -7,6 +7,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use crate::app::App;
 use crate::auth::Caller;
 use crate::error::ApiError;
+use crate::traces::Trace;
 
 /// The events of a call's answers, each with the number of its answer. Dropping it cancels
 /// what is not answered yet.
@@ -18,6 +19,7 @@ pub(crate) struct Flow {
     /// Taken already, to know whether there is an answer at all.
     early: VecDeque<(usize, Event)>,
     caller: Caller,
+    trace: Trace,
     n_open: usize,
 }
 
@@ -28,25 +30,32 @@ impl Flow {
         lease: &Lease,
         requests: Vec<Request>,
         caller: Caller,
+        trace: Trace,
     ) -> Result<Self, ApiError> {
         let (sender, events) = unbounded_channel();
         let n_open = requests.len();
+        if let Some(request) = requests.first() {
+            trace.submitted(request, n_open);
+        }
         let mut tickets = Vec::with_capacity(n_open);
         for (index, request) in requests.into_iter().enumerate() {
             let sender = sender.clone();
             let sink = Box::new(move |event| sender.send((index, event)).is_ok());
             tickets.push(app.engine.submit(lease.clone(), request, sink)?);
         }
-        Ok(Self { tickets, events, early: VecDeque::new(), caller, n_open })
+        Ok(Self { tickets, events, early: VecDeque::new(), caller, trace, n_open })
     }
 
     /// Waits until the first answer has begun, so that what is refused by then is refused with
     /// a status of its own.
     pub(crate) async fn begin(&mut self) -> Result<(), ApiError> {
         match self.events.recv().await {
-            Some((_, Event::Failed(error))) => Err(error.into()),
-            Some(event) => {
-                self.early.push_back(event);
+            Some((index, event)) => {
+                self.trace.take(index, &event);
+                if let Event::Failed(error) = event {
+                    return Err(error.into());
+                }
+                self.early.push_back((index, event));
                 Ok(())
             }
             None => Err(onebase_engine::Error::Internal.into()),
@@ -59,7 +68,10 @@ impl Flow {
             Some(event) => event,
             None if self.n_open == 0 => return Poll::Ready(None),
             None => match self.events.poll_recv(context) {
-                Poll::Ready(Some(event)) => event,
+                Poll::Ready(Some((index, event))) => {
+                    self.trace.take(index, &event);
+                    (index, event)
+                }
                 Poll::Ready(None) => return Poll::Ready(None),
                 Poll::Pending => return Poll::Pending,
             },

@@ -24,6 +24,7 @@ mod stream;
 mod structured;
 mod tenants;
 mod tokenize;
+mod traces;
 
 pub use app::{App, Limits};
 pub use auth::{Keys, KeysError};
@@ -31,3 +32,4 @@ pub use listen::{Listen, serve};
 pub use routes::router;
 pub use state_file::{Saved, StateError, StateFile};
 pub use tenants::{Found, find_tenants};
+pub use traces::{Traces, TracesError};

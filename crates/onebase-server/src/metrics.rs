@@ -1,5 +1,6 @@
 use std::fmt::Write as _;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
 use axum::extract::State;
@@ -129,6 +130,15 @@ fn text(app: &App) -> String {
     for (name, kind, help, value) in plain {
         head(&mut out, name, kind, help);
         let _ = writeln!(out, "{name} {value}");
+    }
+    if let Some(traces) = app.traces() {
+        let name = "onebase_trace_batches_total";
+        head(&mut out, name, "counter", "Batches of spans, by whether the collector took them");
+        let counts = traces.counts();
+        for (outcome, n) in [("sent", &counts.n_sent), ("failed", &counts.n_failed)] {
+            let n = n.load(Ordering::Relaxed);
+            let _ = writeln!(out, "{name}{{outcome=\"{outcome}\"}} {n}");
+        }
     }
     write_tenants(&mut out, app);
     write_adapters(&mut out, &metrics.tenants, app);

@@ -113,7 +113,8 @@ impl Head {
     fn take(&self, index: usize, choice: &mut Choice, event: Event) -> (String, Logprobs) {
         let mut fresh = Logprobs::default();
         let text = match event {
-            Event::Prompt { logprobs } => match self.echoes.get(index).and_then(Option::as_ref) {
+            Event::Prompt { logprobs, .. } => match self.echoes.get(index).and_then(Option::as_ref)
+            {
                 None => String::new(),
                 Some(echo) => {
                     fresh.tokens = echo.tokens.iter().copied().zip(logprobs).collect();

@@ -10,18 +10,22 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::app::App;
 use crate::error::ApiError;
-use crate::{admin, chat, completions, metrics, models, page, tokenize};
+use crate::{admin, chat, completions, metrics, models, page, tokenize, traces};
 
 /// The routes of an app.
 pub fn router(app: Arc<App>) -> Router {
     let limit = DefaultBodyLimit::max(app.limits.body_bytes);
+    let traced = axum::middleware::from_fn_with_state(Arc::clone(&app), traces::traced);
+    let answers = Router::new()
+        .route("/v1/chat/completions", post(chat::chat))
+        .route("/v1/completions", post(completions::completions))
+        .route_layer(traced);
     Router::new()
         .route("/", get(page::index))
         .route("/page.css", get(page::style))
         .route("/page.js", get(page::script))
         .route("/openapi.json", get(page::openapi))
-        .route("/v1/chat/completions", post(chat::chat))
-        .route("/v1/completions", post(completions::completions))
+        .merge(answers)
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*model}", get(models::get))
         .route("/v1/load_lora_adapter", post(admin::load_adapter))

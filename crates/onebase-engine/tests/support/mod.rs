@@ -121,7 +121,7 @@ impl Asked {
         };
         loop {
             match self.events.recv_timeout(Duration::from_secs(120)).expect("an event in time") {
-                Event::Prompt { logprobs } => answer.prompt_logprobs = logprobs,
+                Event::Prompt { logprobs, .. } => answer.prompt_logprobs = logprobs,
                 Event::Token { token, text, logprobs } => {
                     answer.tokens.push(token);
                     answer.pieces.push(text);

@@ -55,6 +55,10 @@ pub(crate) struct ServeArgs {
     /// Folder that keeps which tenants are served, so that loads and unloads outlive the server
     #[arg(long, value_name = "DIR")]
     pub(crate) state: Option<PathBuf>,
+    /// Where spans of requests are sent, by OTLP over HTTP, such as
+    /// http://localhost:4318/v1/traces
+    #[arg(long, env = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", value_name = "URL")]
+    pub(crate) otlp_traces_endpoint: Option<String>,
 }
 
 /// A number of bytes, with a unit of thousands or of 1024.

@@ -7,7 +7,9 @@ use anyhow::Context as _;
 use onebase_engine::{Desired, Engine, Error, Listing, Options, Registry};
 use onebase_format::Checkpoint;
 use onebase_model::Model;
-use onebase_server::{App, Found, Keys, Limits, Listen, Saved, StateFile, find_tenants, serve};
+use onebase_server::{
+    App, Found, Keys, Limits, Listen, Saved, StateFile, Traces, find_tenants, serve,
+};
 use serde_json::json;
 use tokio::net::TcpListener;
 
@@ -24,6 +26,11 @@ pub(crate) fn run(args: &ServeArgs, threads: usize, output: &Output) -> anyhow::
     let listener = listener.with_context(|| format!("cannot listen on {address}"))?;
     listener.set_nonblocking(true).context("cannot set up the listener")?;
     let keys = keys(args)?;
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let runtime = runtime.context("cannot start the server's threads")?;
+    let endpoint = args.otlp_traces_endpoint.as_ref();
+    let traces = endpoint.map(|url| Traces::to(url, runtime.handle().clone())).transpose()?;
     let engine = engine(args, threads)?;
     let base = engine.registry().base().digest();
     let state = args.state.as_ref().map(|folder| StateFile::open(folder, base)).transpose()?;
@@ -38,15 +45,19 @@ pub(crate) fn run(args: &ServeArgs, threads: usize, output: &Output) -> anyhow::
         request_time: Duration::from_secs(args.request_seconds as u64),
         ..Limits::default()
     };
-    let app = Arc::new(App::new(engine, keys, limits, state, args.deltas.clone()));
-    let runtime =
-        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
-    let runtime = runtime.context("cannot start the server's threads")?;
+    let mut app = App::new(engine, keys, limits, state, args.deltas.clone());
+    if let Some(traces) = traces {
+        app.set_traces(traces);
+    }
+    let app = Arc::new(app);
     runtime.block_on(async {
         let listener = TcpListener::from_std(listener).context("cannot listen")?;
         let address = listener.local_addr().context("cannot listen")?;
         print(&app, address, output)?;
         let clean = serve(listener, Arc::clone(&app), Listen::default(), stopped()).await;
+        if let Some(traces) = app.traces() {
+            tokio::task::block_in_place(|| traces.stop());
+        }
         let end = if clean { "all requests were answered" } else { "some requests were cut off" };
         Output::note(&format!("stopped; {end}"));
         Ok(())
