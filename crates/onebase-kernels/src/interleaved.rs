@@ -16,7 +16,7 @@ use rayon::prelude::*;
 
 use crate::bytes::{ByteKernel, Bytes, LINE, Line, bytes};
 use crate::parallel::{Output, for_each_block};
-use crate::vector::{LANES, plane_bytes};
+use crate::vector::{Kernel, LANES, Lanes, plane_bytes};
 use crate::{Backend, MAX_BITS};
 use fixed::{DIGITS, FixedRows};
 
@@ -101,12 +101,10 @@ impl Interleaved {
         if block_lines > 0 {
             let blocks = this.codes.par_chunks_mut(block_lines).enumerate();
             blocks.for_each(|(block, lines)| {
-                for (lane, row) in rows_of(block).enumerate() {
-                    let planes = &planes[row * bits * plane..(row + 1) * bits * plane];
-                    for (chunk, lines) in lines.chunks_mut(bits).enumerate() {
-                        write_chunk(planes, plane, chunk, lane, lines);
-                    }
-                }
+                let rows = rows_of(block);
+                let rows = &planes[rows.start * bits * plane..rows.end * bits * plane];
+                // SAFETY: the kernel is safe code.
+                unsafe { Backend::active().run(WriteBlock { rows, plane, bits, lines }) }
             });
         }
         for (block, groups) in this.scale.chunks_mut(n_groups.max(1)).enumerate() {
@@ -167,28 +165,66 @@ impl Interleaved {
     }
 }
 
-/// Writes a row's codes of a chunk, of bit planes, into the lines that it shares.
-fn write_chunk(planes: &[u8], plane: usize, chunk: usize, lane: usize, lines: &mut [Line]) {
-    let mut lines = lines.iter_mut();
-    for (width, up) in fields(planes.len() / plane) {
-        let in_line = 8 / width;
-        // A plane's bits of a line's columns.
-        let columns = QUAD * in_line;
-        for (index, line) in lines.by_ref().take(*width).enumerate() {
-            let mut word = 0u32;
-            for bit in 0..*width {
-                let plane = &planes[(up + bit) * plane..(up + bit + 1) * plane];
-                let at = chunk * CHUNK + index * columns;
-                for place in 0..in_line {
-                    let at = at + place * QUAD;
-                    let Some(byte) = plane.get(at / 8) else { break };
-                    let four = u32::from(byte >> (at % 8) & 15);
-                    // Bit `j` of four goes to byte `j`.
-                    let spread = (four * 0x0020_4081) & 0x0101_0101;
-                    word |= spread << (place * width + bit);
+/// Writes the codes of a block of rows, of bit planes, into its lines.
+struct WriteBlock<'a> {
+    /// Planes of the rows, which may be fewer than sixteen.
+    rows: &'a [u8],
+    /// Bytes of a plane.
+    plane: usize,
+    bits: usize,
+    lines: &'a mut [Line],
+}
+
+impl Kernel for WriteBlock<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<V: Lanes>(self) {
+        let Self { rows, plane, bits, lines } = self;
+        for (chunk, lines) in lines.chunks_mut(bits).enumerate() {
+            let mut planes = [[0u32; LANES]; MAX_BITS];
+            for (lane, row) in rows.chunks_exact(bits * plane).enumerate() {
+                for (to, plane) in planes.iter_mut().zip(row.chunks_exact(plane)) {
+                    let left = &plane[chunk * CHUNK / 8..];
+                    to[lane] = match (left.first_chunk::<4>(), left.first_chunk::<2>()) {
+                        (Some(whole), _) => u32::from_le_bytes(*whole),
+                        (None, Some(half)) => u32::from(u16::from_le_bytes(*half)),
+                        (None, None) => 0,
+                    };
                 }
             }
-            line.0[lane * QUAD..(lane + 1) * QUAD].copy_from_slice(&word.to_le_bytes());
+            let mut first = 0;
+            for (width, up) in fields(bits) {
+                let (planes, lines) = (&planes[*up..], &mut lines[first..first + width]);
+                match width {
+                    1 => write_field::<1>(planes, lines),
+                    2 => write_field::<2>(planes, lines),
+                    4 => write_field::<4>(planes, lines),
+                    _ => write_field::<8>(planes, lines),
+                }
+                first += width;
+            }
+        }
+    }
+}
+
+/// Writes a field of `WIDTH` bits of a chunk.
+#[inline(always)]
+fn write_field<const WIDTH: usize>(planes: &[[u32; LANES]], lines: &mut [Line]) {
+    for (index, line) in lines.iter_mut().enumerate() {
+        let mut words = [0u32; LANES];
+        for (bit, plane) in planes.iter().enumerate().take(WIDTH) {
+            for place in 0..8 / WIDTH {
+                let at = (index * (8 / WIDTH) + place) * QUAD;
+                for (word, plane) in words.iter_mut().zip(plane) {
+                    // Bit `j` of four goes to byte `j`.
+                    let four = plane >> at & 15;
+                    *word |= ((four * 0x0020_4081) & 0x0101_0101) << (place * WIDTH + bit);
+                }
+            }
+        }
+        for (to, word) in line.0.as_chunks_mut::<QUAD>().0.iter_mut().zip(words) {
+            *to = word.to_le_bytes();
         }
     }
 }
