@@ -19,6 +19,13 @@ use crate::{Error, Result};
 /// Fewest tokens of prompts that a step has room for, however many requests decode.
 const LEAST_PREFILL: usize = 16;
 
+#[cfg(test)]
+mod tests;
+
+/// A token after whose forward pass there is a panic, as a defect would have it.
+#[cfg(test)]
+const FATAL_TOKEN: u32 = 7;
+
 /// What the scheduler is told.
 pub(crate) enum Command {
     Submit(Box<Sequence>),
@@ -311,7 +318,10 @@ impl Scheduler {
                 segments.push(Segment { tokens, tenant, cache, logits });
             }
         }
-        Ok(self.registry.model().forward(&mut segments)?)
+        let logits = self.registry.model().forward(&mut segments)?;
+        #[cfg(test)]
+        assert!(!inputs.iter().flatten().any(|token| *token == FATAL_TOKEN), "a fatal token");
+        Ok(logits)
     }
 
     /// Lets every sequence choose its token, side by side; a panic is its own affair.
