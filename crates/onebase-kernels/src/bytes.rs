@@ -178,11 +178,16 @@ impl Bytes for PortableBytes {
 
     #[inline(always)]
     unsafe fn dot_rows<const SMALL: bool>(self, signed: Self, mut plus: Self::Rows) -> Self::Rows {
-        let pairs = self.0.as_chunks::<4>().0.iter().zip(signed.0.as_chunks::<4>().0);
-        for (sum, (codes, weights)) in plus.iter_mut().zip(pairs) {
-            for (code, weight) in codes.iter().zip(weights) {
-                let product = i32::from(*code) * i32::from(weight.cast_signed());
-                *sum = sum.wrapping_add(product);
+        // In lanes of a sum's size, so that the compiler has vectors of them.
+        let words = |bytes: [u8; LINE]| -> [u32; ROWS] {
+            std::array::from_fn(|i| u32::from_le_bytes(bytes.as_chunks::<4>().0[i]))
+        };
+        let (codes, weights) = (words(self.0), words(signed.0));
+        for up in [0, 8, 16, 24] {
+            for (sum, (code, weight)) in plus.iter_mut().zip(codes.iter().zip(&weights)) {
+                let code = (code >> up & 0xff).cast_signed();
+                let weight = (weight << (24 - up)).cast_signed() >> 24;
+                *sum = sum.wrapping_add(code * weight);
             }
         }
         plus

@@ -4,9 +4,9 @@ use onebase_tensor::MatrixRef;
 use rayon::prelude::*;
 
 use super::CHUNK;
-use crate::Backend;
 use crate::bytes::{ByteKernel, Bytes, LINE, Line, bytes, bytes_mut};
 use crate::vector::LANES;
+use crate::{Backend, quantize};
 
 /// Bytes of an integer.
 pub(super) const DIGITS: usize = 3;
@@ -103,7 +103,8 @@ impl ByteKernel for Fix<'_> {
     unsafe fn run<V: Bytes>(self) {
         let Self { x, group_size, padded, digits: to, groups } = self;
         for (index, (x, group)) in x.chunks(group_size).zip(groups).enumerate() {
-            let largest = largest(x);
+            let [low, high] = quantize::range(x);
+            let largest = high.max(-low);
             if !largest.is_finite() {
                 group.step = f32::NAN;
                 continue;
@@ -144,23 +145,4 @@ impl ByteKernel for Fix<'_> {
             group.sums = sums.map(|lanes| lanes.iter().sum());
         }
     }
-}
-
-/// The largest magnitude; no number where one is not finite.
-#[inline(always)]
-fn largest(x: &[f32]) -> f32 {
-    let mut lanes = [0.0f32; LANES];
-    // Zero, unless there is an infinity or no number.
-    let mut poison = [0.0f32; LANES];
-    let (chunks, rest) = x.as_chunks::<LANES>();
-    let mut last = [0.0; LANES];
-    last[..rest.len()].copy_from_slice(rest);
-    for chunk in chunks.iter().chain([&last]) {
-        for (lane, v) in chunk.iter().enumerate() {
-            let magnitude = v.abs();
-            lanes[lane] = if magnitude > lanes[lane] { magnitude } else { lanes[lane] };
-            poison[lane] += v * 0.0;
-        }
-    }
-    lanes.iter().fold(0.0, |all: f32, v| all.max(*v)) + poison.iter().sum::<f32>()
 }
