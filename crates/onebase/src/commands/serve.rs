@@ -29,7 +29,8 @@ pub(crate) fn run(args: &ServeArgs, threads: usize, output: &Output) -> anyhow::
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let runtime = runtime.context("cannot start the server's threads")?;
-    let endpoint = args.otlp_traces_endpoint.as_ref();
+    // An empty variable counts as none, as OpenTelemetry has it.
+    let endpoint = args.otlp_traces_endpoint.as_ref().filter(|url| !url.is_empty());
     let traces = endpoint.map(|url| Traces::to(url, runtime.handle().clone())).transpose()?;
     let engine = engine(args, threads)?;
     let base = engine.registry().base().digest();
