@@ -20,7 +20,7 @@ use opentelemetry::propagation::TextMapPropagator;
 use opentelemetry::trace::{
     Span as _, SpanBuilder, SpanKind, Status, TraceContextExt, TracerProvider,
 };
-use opentelemetry::{Array, Context, KeyValue, StringValue, Value};
+use opentelemetry::{Array, Context, Key, KeyValue, StringValue, Value};
 use opentelemetry_http::hyper::HyperClient;
 use opentelemetry_http::{Bytes, HeaderExtractor, HttpClient, HttpError};
 use opentelemetry_otlp::{SpanExporter, WithExportConfig, WithHttpConfig};
@@ -37,8 +37,11 @@ const EXPORT_TIME: Duration = Duration::from_secs(10);
 /// How long the last batch may take when the server stops.
 const STOP_TIME: Duration = Duration::from_secs(5);
 
-/// What spans are sent as the work of, unless `OTEL_SERVICE_NAME` says otherwise.
+/// What spans are sent as the work of, unless the environment says otherwise.
 const SERVICE_NAME: &str = "onebase";
+
+/// How the SDK's name of a service begins that the environment does not name.
+const UNNAMED_SERVICE: &str = "unknown_service";
 
 /// Sends spans of requests to a collector.
 #[derive(Debug)]
@@ -86,13 +89,15 @@ impl Traces {
             .with_endpoint(endpoint)
             .build()
             .map_err(|e| error(e.to_string()))?;
-        let mut resource = Resource::builder();
-        if std::env::var_os("OTEL_SERVICE_NAME").is_none() {
+        let found = Resource::builder().build().get(&Key::new("service.name"));
+        let is_named = found.is_some_and(|name| !name.as_str().starts_with(UNNAMED_SERVICE));
+        let mut resource = Resource::builder()
+            .with_attribute(KeyValue::new("service.version", env!("CARGO_PKG_VERSION")));
+        if !is_named {
             resource = resource.with_service_name(SERVICE_NAME);
         }
-        let version = KeyValue::new("service.version", env!("CARGO_PKG_VERSION"));
         let provider = SdkTracerProvider::builder()
-            .with_resource(resource.with_attribute(version).build())
+            .with_resource(resource.build())
             .with_batch_exporter(exporter)
             .build();
         let tracer = provider.tracer(SERVICE_NAME);
@@ -132,7 +137,8 @@ impl Traces {
             submitted: None,
             answers: BTreeMap::new(),
             n_open: 0,
-            is_refused: false,
+            has_responded: false,
+            is_failed: false,
         };
         Trace(Some(Arc::new(Mutex::new(call))))
     }
@@ -193,7 +199,8 @@ struct Call {
     submitted: Option<Instant>,
     answers: BTreeMap<usize, Answer>,
     n_open: usize,
-    is_refused: bool,
+    has_responded: bool,
+    is_failed: bool,
 }
 
 #[derive(Default)]
@@ -264,7 +271,7 @@ impl Trace {
             }
             Event::Failed(error) => {
                 call.n_open -= 1;
-                call.refuse("failed", error.to_string());
+                call.fail("failed", error.to_string());
             }
         }
     }
@@ -273,16 +280,18 @@ impl Trace {
         let Some(mut call) = self.call() else { return };
         let code = i64::from(status.as_u16());
         call.span.set_attribute(KeyValue::new("http.response.status_code", code));
-        if status.is_client_error() || status.is_server_error() {
-            call.refuse(status.as_str(), status.canonical_reason().unwrap_or_default().to_owned());
+        call.has_responded = true;
+        // What the client did wrong is no error of a server's span, by the conventions.
+        if status.is_server_error() {
+            call.fail(status.as_str(), status.canonical_reason().unwrap_or_default().to_owned());
         }
     }
 }
 
 impl Call {
-    fn refuse(&mut self, kind: &str, description: String) {
-        if !self.is_refused {
-            self.is_refused = true;
+    fn fail(&mut self, kind: &str, description: String) {
+        if !self.is_failed {
+            self.is_failed = true;
             self.span.set_attribute(KeyValue::new("error.type", kind.to_owned()));
             self.span.set_status(Status::error(description));
         }
@@ -318,8 +327,9 @@ impl Call {
 impl Drop for Call {
     fn drop(&mut self) {
         let now = Instant::now();
-        if self.n_open > 0 {
-            self.refuse("cancelled", "the client went away".to_owned());
+        let is_whole = self.has_responded && self.n_open == 0;
+        if !is_whole {
+            self.fail("cancelled", "the client went away".to_owned());
         }
         self.children();
         let answers = self.answers.values();

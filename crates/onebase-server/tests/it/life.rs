@@ -2,9 +2,9 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use crate::support::{DELTAS, QUESTION, Server, app, engine, options};
+use crate::support::{DELTAS, QUESTION, Server, app, engine, options, until};
 use onebase_engine::Options;
 use onebase_server::{App, Keys, Limits, Listen, StateFile};
 use serde_json::{Value, json};
@@ -12,14 +12,6 @@ use serde_json::{Value, json};
 fn long(model: &str, max_tokens: usize) -> Value {
     json!({"model": model, "prompt": QUESTION, "max_tokens": max_tokens, "temperature": 0,
            "ignore_eos": true})
-}
-
-fn until(what: &str, is: impl Fn() -> bool) {
-    let end = Instant::now() + Duration::from_secs(20);
-    while !is() {
-        assert!(Instant::now() < end, "{what}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
 }
 
 #[test]

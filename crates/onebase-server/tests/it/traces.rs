@@ -1,6 +1,7 @@
 //! Spans, as a collector gets them.
 
 use std::collections::BTreeMap;
+use std::io::BufRead as _;
 use std::sync::{Arc, Mutex};
 
 use axum::Router;
@@ -13,7 +14,7 @@ use opentelemetry_proto::tonic::trace::v1::Span;
 use prost::Message as _;
 use serde_json::json;
 
-use crate::support::{QUESTION, Server, app, engine, options};
+use crate::support::{QUESTION, Server, app, engine, options, until};
 use onebase_server::{Listen, Traces};
 
 const TRACE_ID: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
@@ -72,6 +73,16 @@ fn requests_are_spans_that_name_their_tenant() {
     let mut app = app(engine(&options()));
     app.set_traces(traces);
     let server = Server::start(app, Listen::default());
+    // A client that goes away in the middle of its answer; its span has ended when the others have.
+    let long = json!({"model": "base", "prompt": QUESTION, "max_tokens": 900, "stream": true,
+                      "ignore_eos": true});
+    let mut opened = server.open("POST", "/v1/completions", None, Some(&long.to_string()));
+    opened.reader.read_line(&mut String::new()).unwrap();
+    drop(opened);
+    until("a request is cancelled", || {
+        let metrics = server.app.engine().metrics();
+        metrics.tenants.get("base").is_some_and(|base| base.n_cancelled == 1)
+    });
     let body = json!({"model": "math", "prompt": QUESTION, "max_tokens": 5, "n": 2,
                       "temperature": 0, "ignore_eos": true})
     .to_string();
@@ -136,10 +147,12 @@ fn requests_are_spans_that_name_their_tenant() {
     assert!(chat.parent_span_id.is_empty());
     assert_eq!(attributes(&chat.attributes)["onebase.tenant"], "chat");
     let refused = of("text_completion");
-    let told = attributes(&refused.attributes);
-    assert_eq!([&told["http.response.status_code"], &told["error.type"]], ["404", "404"]);
+    assert_eq!(attributes(&refused.attributes)["http.response.status_code"], "404");
+    assert_eq!(refused.status.as_ref().map_or(0, |status| status.code), 0, "the client's error");
+    let left = of("text_completion base");
+    assert_eq!(attributes(&left.attributes)["error.type"], "cancelled");
     // An error, by the protocol's number.
-    assert_eq!(refused.status.as_ref().unwrap().code, 2);
+    assert_eq!(left.status.as_ref().unwrap().code, 2);
 }
 
 #[test]

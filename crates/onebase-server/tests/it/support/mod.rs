@@ -63,6 +63,16 @@ pub(crate) fn app(engine: Engine) -> App {
     App::new(engine, Keys::none(true), Limits::default(), None, deltas)
 }
 
+/// Waits for something to become so.
+#[track_caller]
+pub(crate) fn until(what: &str, is: impl Fn() -> bool) {
+    let end = Instant::now() + Duration::from_secs(20);
+    while !is() {
+        assert!(Instant::now() < end, "{what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
 pub(crate) struct Server {
     pub(crate) address: SocketAddr,
     pub(crate) app: Arc<App>,
