@@ -4,10 +4,10 @@ use std::io::Result;
 use std::path::Path;
 
 use libfuzzer_sys::fuzz_target;
-use onebase_codec::lossless::encode;
+use onebase_codec::lossless::{Element, encode};
 use onebase_compress::Silent;
 use onebase_format::archive::ARCHIVE_FILE;
-use onebase_fuzz::{Choice, ELEMENTS, base_of, join_archive, write_archive_base, write_tensor};
+use onebase_fuzz::{Choice, base_of, join_archive, write_archive_base, write_tensor};
 
 // Only so that it links where it is instrumented as the targets are: then it needs what counts.
 fuzz_target!(|_input: &[u8]| {});
@@ -20,8 +20,8 @@ fn main() -> Result<()> {
     for target in ["decode", "round_trip", "archive"] {
         std::fs::create_dir_all(corpus.join(target))?;
     }
-    for element in 0..ELEMENTS.len() {
-        for base in 0..=ELEMENTS.len() {
+    for element in 0..Element::ALL.len() {
+        for base in 0..=Element::ALL.len() {
             for (kind, n) in [1, 40, 300, 5000u16].into_iter().enumerate() {
                 let [low, high] = n.to_le_bytes();
                 let choice = [element as u8, base as u8, low, high];

@@ -4,19 +4,6 @@ use std::path::Path;
 
 use onebase_codec::lossless::{Base, Element};
 
-/// Every way to see elements.
-pub const ELEMENTS: [Element; 9] = [
-    Element::F8E4M3,
-    Element::F8E5M2,
-    Element::F16,
-    Element::Bf16,
-    Element::F32,
-    Element::Int8,
-    Element::Int16,
-    Element::Int32,
-    Element::Int64,
-];
-
 /// What the first four bytes of an input choose.
 #[derive(Clone, Copy, Debug)]
 pub struct Choice {
@@ -32,8 +19,8 @@ impl Choice {
     /// The choice, and the bytes after it; `None` where there are too few.
     pub fn split(input: &[u8]) -> Option<(Self, &[u8])> {
         let ([element, base, n @ ..], rest) = input.split_first_chunk::<4>()?;
-        let element = ELEMENTS[usize::from(*element) % ELEMENTS.len()];
-        let base = ELEMENTS.get(usize::from(*base) % (ELEMENTS.len() + 1)).copied();
+        let element = Element::ALL[usize::from(*element) % Element::ALL.len()];
+        let base = Element::ALL.get(usize::from(*base) % (Element::ALL.len() + 1)).copied();
         let base = base.filter(|base| base.is_base_of(element));
         Some((Self { element, base, n: u16::from_le_bytes(*n).into() }, rest))
     }

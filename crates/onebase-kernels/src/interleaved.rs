@@ -14,7 +14,7 @@ use half::bf16;
 use onebase_tensor::{MatrixMut, MatrixRef};
 use rayon::prelude::*;
 
-use crate::bytes::{ByteKernel, Bytes, LINE, Line, bytes};
+use crate::bytes::{ByteKernel, Bytes, LINE, Line};
 use crate::parallel::{Output, for_each_block};
 use crate::vector::{Kernel, LANES, Lanes, plane_bytes};
 use crate::{Backend, MAX_BITS};
@@ -133,21 +133,30 @@ impl Interleaved {
         assert!(row < self.shape[0], "row");
         assert_eq!(out.len(), self.shape[1], "weights of a row");
         let (block, lane) = (row / LANES, row % LANES);
-        let codes = bytes(&self.codes[block * self.block_lines()..]);
+        let lines = &self.codes[block * self.block_lines()..];
         let scale = &self.scale[block * self.n_groups()..];
-        for (column, out) in out.iter_mut().enumerate() {
-            let chunk = &codes[column / CHUNK * self.bits * LINE..];
-            let (quad, byte) = (column % CHUNK / QUAD, lane * QUAD + column % QUAD);
-            let (mut code, mut first) = (0i16, 0);
+        let chunks = out.chunks_mut(CHUNK).zip(lines.chunks_exact(self.bits));
+        for (index, (out, lines)) in chunks.enumerate() {
+            let mut codes = [0u8; CHUNK];
+            let mut first = 0;
             for (width, up) in fields(self.bits) {
                 let in_line = 8 / width;
-                let byte = chunk[(first + quad / in_line) * LINE + byte];
-                let field = byte >> (quad % in_line * width) & (u8::MAX >> (8 - width));
-                code |= i16::from(field) << up;
+                for (quad, codes) in codes.as_chunks_mut::<QUAD>().0.iter_mut().enumerate() {
+                    let line = &lines[first + quad / in_line].0[lane * QUAD..];
+                    for (code, byte) in codes.iter_mut().zip(line) {
+                        let field = byte >> (quad % in_line * width) & (u8::MAX >> (8 - width));
+                        *code |= field << up;
+                    }
+                }
                 first += width;
             }
-            let level = f32::from(2 * code - self.top());
-            *out = scale[column / self.group_size][lane].to_f32() * level;
+            for (half, (out, codes)) in out.chunks_mut(HALF).zip(codes.chunks(HALF)).enumerate() {
+                let group = (index * CHUNK + half * HALF) / self.group_size;
+                let scale = scale[group][lane].to_f32();
+                for (out, code) in out.iter_mut().zip(codes) {
+                    *out = scale * f32::from(2 * i16::from(*code) - self.top());
+                }
+            }
         }
     }
 

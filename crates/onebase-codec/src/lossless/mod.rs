@@ -76,6 +76,19 @@ pub enum Element {
 }
 
 impl Element {
+    /// Every way to see them.
+    pub const ALL: [Self; 9] = [
+        Self::F8E4M3,
+        Self::F8E5M2,
+        Self::F16,
+        Self::Bf16,
+        Self::F32,
+        Self::Int8,
+        Self::Int16,
+        Self::Int32,
+        Self::Int64,
+    ];
+
     /// How elements of a type are seen that a safetensors header names so. What is not known is
     /// a row of bytes.
     pub fn of_dtype(name: &str) -> Self {

@@ -7,18 +7,6 @@ use onebase_tensor::stream;
 use proptest::prelude::*;
 use rand_distr::{Distribution, StandardNormal};
 
-const ALL: [Element; 9] = [
-    Element::F8E4M3,
-    Element::F8E5M2,
-    Element::F16,
-    Element::Bf16,
-    Element::F32,
-    Element::Int8,
-    Element::Int16,
-    Element::Int32,
-    Element::Int64,
-];
-
 fn base(element: Element, bytes: &[u8]) -> Base<'_> {
     Base { element, bytes }
 }
@@ -64,7 +52,7 @@ fn pair(element: Element, n: usize, ratio: f32) -> (Vec<u8>, Vec<u8>) {
 
 #[test]
 fn every_type_comes_back_with_and_without_a_base() {
-    for element in ALL {
+    for element in Element::ALL {
         for n in [0, 1, 31, 32, 33, 2047, 2049, 70_000] {
             let (b, tune) = pair(element, n, 0.05);
             let alone = check(element, &tune, None);
@@ -90,7 +78,7 @@ fn blocks_of_several_kinds_come_back() {
 
 #[test]
 fn what_is_the_same_takes_nothing() {
-    for element in ALL {
+    for element in Element::ALL {
         let (b, _) = pair(element, 100_000, 0.0);
         assert!(check(element, &b, Some(base(element, &b))) < 100);
     }
@@ -98,7 +86,7 @@ fn what_is_the_same_takes_nothing() {
 
 #[test]
 fn few_changes_take_few_bytes() {
-    for element in ALL {
+    for element in Element::ALL {
         let (b, mut tune) = pair(element, 100_000, 0.0);
         for i in (0..tune.len()).step_by(tune.len() / 20) {
             tune[i] ^= 0x41;
@@ -232,7 +220,7 @@ proptest! {
         tune in prop::collection::vec(any::<u8>(), 0..3000),
         changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..40),
     ) {
-        let element = ALL[kind];
+        let element = Element::ALL[kind];
         let tune = &tune[..tune.len() - tune.len() % element.size_bytes()];
         check(element, tune, None);
         let mut b = tune.to_vec();
@@ -268,7 +256,7 @@ proptest! {
         mut bytes in prop::collection::vec(any::<u8>(), 1..600),
         n in 0usize..300,
     ) {
-        let element = ALL[kind];
+        let element = Element::ALL[kind];
         bytes[0] = mode;
         let b = vec![7; n * element.size_bytes()];
         let mut out = vec![0; b.len()];
